@@ -1,0 +1,1 @@
+"""ftlaunch: one YAML recipe in, a verified fine-tuned language model out."""

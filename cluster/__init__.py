@@ -1,0 +1,1 @@
+"""Where Ray comes from: one file per kind of cluster."""

@@ -1,0 +1,1 @@
+"""How one rank trains: loop, strategies, data stream, checkpoints, storage."""

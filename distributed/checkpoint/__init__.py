@@ -1,0 +1,1 @@
+"""The one checkpoint format: consolidated Hugging Face files with the training state beside them."""

@@ -1,0 +1,1 @@
+"""Who drives a run: command line, plan, submission, supervision, progress."""

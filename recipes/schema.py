@@ -1,0 +1,302 @@
+"""The recipe: one frozen, typed tree. A key is here only if something acts on it.
+
+Every field carries a docstring with its unit and the reason for its default; `ftlaunch schema` and the reference
+page are made from them. Rules that span sections live in `checks.py`, reading files in `load.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Which model is trained, and in which precision."""
+
+    path: str
+    """Hub id, folder, or any fsspec URL that holds config.json and safetensors weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; None: the hub's default branch."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws every weight from (train.seed, tensor name) and needs only config.json and a tokenizer."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype and the dtype of the published weights. Trainable master weights are fp32 either way."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels; sdpa ships with torch and runs everywhere."""
+    tokenizer: str | None = None
+    """Folder, URL or hub id of the tokenizer; None: the one beside the model."""
+    chat_template: str | None = None
+    """A Jinja template, or the path of a .jinja file; None: the tokenizer's own."""
+    train_layers: tuple[str, ...] = ()
+    """Shell-style patterns of parameter names to train (`model.layers.3?.*`); empty: all. Not with an adapter."""
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), through peft."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    """Rank of the update; 16 is the usual start."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank; 2 x rank is the usual start."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear`: every linear layer but the head; or suffixes of module names."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained in full and saved with the adapter (`lm_head`, `embed_tokens`)."""
+
+
+class Sft(Section):
+    """Supervised fine-tuning: cross-entropy on the tokens that the model shall learn to write."""
+
+    type: Literal["sft"] = "sft"
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens of a chat are supervised. A prompt/completion row always supervises its completion, or with
+    `all` everything; a text row everything."""
+
+
+class Cpt(Section):
+    """Continued pretraining: cross-entropy on every token of raw text."""
+
+    type: Literal["cpt"] = "cpt"
+
+
+RowFormat = Literal["chat", "prompt_completion", "text"]
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: str | tuple[str, ...]
+    """File, folder, glob or any fsspec URL, or a list of them; parquet, .jsonl, .jsonl.gz, .jsonl.zst, .arrow."""
+    format: RowFormat | None = None
+    """How a row is read. None: found from the columns when that is unambiguous, and said."""
+    columns: dict[str, str] = {}
+    """Standard name -> the file's column, for columns with other names: {messages: conversation}."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Name in reports; None: made from the path."""
+
+
+class TrainSource(Source):
+    """A source of training rows."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of samples drawn from this source, relative to the other weights. Weights go on all sources or none;
+    without them every source is served in full each epoch."""
+    primary: bool = False
+    """With weights, epochs are counted on the primary source; by default the first."""
+    repeat: bool = True
+    """With weights: a source that ends before the primary one begins again (true), or stays out (false)."""
+
+
+class EvalSplit(Section):
+    """Hold out a part of every training source, by a hash of the row: disjoint, and the same for ever."""
+
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Share of rows held out."""
+
+
+class Data(Section):
+    """Which rows are trained on, and how they are laid into sequences."""
+
+    train: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    """Where training rows come from."""
+    eval: tuple[Source, ...] | EvalSplit = ()
+    """Held-out sources, each with its own loss; or {fraction: 0.02}."""
+    sequence_length: Annotated[int, Field(ge=8)] = 2048
+    """Tokens per sequence."""
+    packing: bool = True
+    """Put several samples into one sequence; they never see each other. Off: one sample a sequence."""
+    pack_buffer: PositiveInt = 64
+    """Samples that wait per stream for a sequence they fit; 64 fills 99.9 % of log-normal lengths."""
+    overlong: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
+    """A chat or completion longer than a sequence. Text is always split. Every case is counted in the report."""
+    shuffle: bool = True
+    """Off: rows come in file order (within each stream)."""
+    streams: PositiveInt | None = None
+    """Logical streams the data is cut into; must divide global_batch_size. None: the largest divisor not above
+    max(16, world size) at the run's first start; recorded with the run."""
+
+
+class Train(Section):
+    """The optimisation."""
+
+    num_epochs: PositiveInt | None = None
+    """Passes over the training data. None: 1, unless max_steps or max_tokens is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps."""
+    max_tokens: PositiveInt | None = None
+    """Tokens read by the model, prompts included, padding not."""
+    global_batch_size: PositiveInt = 32
+    """Sequences per optimizer step, whatever the number of GPUs; accumulation is derived."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass of one rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    """Peak learning rate; 2e-5 suits full fine-tuning, adapters want about 1e-4 to 2e-4."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Shape after warm-up, over the run's progress; wsd: constant, then linear over the last decay_ratio."""
+    warmup_ratio: Fraction = 0.0
+    """Share of the run over which the rate rises linearly. Not with warmup_steps."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps over which the rate rises linearly. Not with warmup_ratio."""
+    decay_ratio: Fraction = 0.2
+    """wsd only: share of the run over which the rate falls."""
+    min_lr_ratio: Fraction = 0.0
+    """Final rate as a share of the peak (linear, cosine, wsd)."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of matrices; norms, biases and embeddings of one dimension are excluded."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; null: no clipping."""
+    seed: NonNegativeInt = 0
+    """Seed of the data order, of new tensors and of dropout."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    compile: bool = False
+    """torch.compile each block."""
+    deterministic: bool = False
+    """Deterministic CUDA kernels: runs repeat bit for bit, more slowly. CPU runs always do."""
+
+
+class EarlyStopping(Section):
+    """Stop when an evaluation loss no longer falls."""
+
+    metric: str
+    """`NAME/loss` of an eval set."""
+    patience: PositiveInt = 3
+    """Evaluations without improvement before stopping."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Improvement that counts, in loss units."""
+
+
+class Evaluate(Section):
+    """When held-out loss is measured."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations; None: only as below."""
+    at_start: bool = True
+    """Measure the untrained model, for the before/after table."""
+    at_end: bool = True
+    """Measure the final model."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when a held-out loss stops falling; the best checkpoint is kept."""
+
+
+class Ddp(Section):
+    """Every rank holds the whole model (FSDP2 on an (N, 1) mesh)."""
+
+    type: Literal["ddp"] = "ddp"
+
+
+class Fsdp(Section):
+    """Parameters, gradients and optimizer state sharded over all ranks (FSDP2)."""
+
+    type: Literal["fsdp"] = "fsdp"
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass; off: more memory, one gather less a block."""
+
+
+class Checkpoint(Section):
+    """Where the run lives and when it is saved."""
+
+    path: str = "./runs"
+    """Folder or any fsspec URL; the run's own directory is PATH/NAME."""
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between saves; None: only at the end, at an interrupt and with a new best."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+
+
+class Wandb(Section):
+    """Weights & Biases; needs the extra `ftlaunch[wandb]`."""
+
+    project: str
+    """Project the run is filed under."""
+    entity: str | None = None
+    """User or team; None: the account's default."""
+
+
+class Track(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run directory."""
+    wandb: Wandb | None = None
+    """Send metrics to Weights & Biases."""
+
+
+class LocalCluster(Section):
+    """Ray on this machine, started for the run."""
+
+    type: Literal["local"] = "local"
+    nodes: PositiveInt = 1
+    """Logical nodes. More than one on a machine is for trying things out."""
+    gpus_per_node: NonNegativeInt | None = None
+    """GPUs per node, one rank each; None: all there are, divided among the nodes."""
+    processes_per_node: PositiveInt | None = None
+    """Ranks per node where there are no GPUs; None: 1."""
+
+
+class RayCluster(Section):
+    """A Ray cluster that is already running."""
+
+    type: Literal["ray"] = "ray"
+    address: str = "auto"
+    """`auto` (found on this machine), or HOST:PORT of the head."""
+    nodes: PositiveInt = 1
+    """Nodes to use."""
+    gpus_per_node: NonNegativeInt | None = None
+    """GPUs per node, one rank each; None: what each node of the cluster offers."""
+    processes_per_node: PositiveInt | None = None
+    """Ranks per node where there are no GPUs; None: 1."""
+
+
+MethodConfig = Annotated[Sft | Cpt, Field(discriminator="type")]
+AdapterConfig = Lora
+StrategyConfig = Annotated[Ddp | Fsdp, Field(discriminator="type")]
+ClusterConfig = Annotated[LocalCluster | RayCluster, Field(discriminator="type")]
+
+
+class Recipe(Section):
+    """One fine-tuning run, whole."""
+
+    name: RunName
+    """The run's name: its directory under checkpoint.path. Default: the recipe file's name."""
+    model: Model
+    """Which model."""
+    adapter: AdapterConfig | None = None
+    """Train an adapter; left out: full fine-tuning."""
+    method: MethodConfig = Sft()
+    """How it learns."""
+    data: Data
+    """From what it learns."""
+    train: Train = Train()
+    """The optimisation."""
+    evaluate: Evaluate = Evaluate()
+    """When held-out loss is measured."""
+    strategy: StrategyConfig = Fsdp()
+    """How the model is laid out over ranks."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Where the run lives."""
+    track: Track = Track()
+    """Where metrics go."""
+    cluster: ClusterConfig = LocalCluster()
+    """Where it runs; in a file also the NAME of a profile (clusters/NAME.yaml)."""
