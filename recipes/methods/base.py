@@ -75,8 +75,8 @@ class Rejected:
 class Batch:
     """One micro-batch of one rank, as numpy, before it goes to the device.
 
-    `input_ids` [B, S] int64; `position_ids` [B, S] int64, restarting at 0 with every sample; `targets` [B, S]
-    int64: the token that position i predicts, or `IGNORED`. Padding is a sample of its own without targets.
+    `input_ids` [B, S] int64; `position_ids` [B, S] int64, restarting at 0 with every sample of a packed
+    sequence; `targets` [B, S] int64: the token that position i predicts, or `IGNORED`. Padding has no targets.
     `rows[b]` are the rows in sequence b. `num_tokens` counts real tokens.
     """
 
