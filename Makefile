@@ -48,7 +48,9 @@ format: install-test ## Rewrite the files as ruff would have them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# mypy does not see editable installs, so the root is linked under the package's name.
 types: install-test ## mypy --strict
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/ftlaunch
 	@$(BIN)/mypy
 
 contracts: install-test ## Who may import whom
