@@ -1,0 +1,281 @@
+"""The command line. Parsing only: each command imports what it needs when it runs, so that help is immediate."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from ..recipes.errors import FtlaunchError
+from .arguments import arrange
+
+if TYPE_CHECKING:
+    from ..recipes.load import LoadedRecipe
+
+HELP = """Fine-tune a language model from one recipe, on one machine or on a cluster.
+
+`ftlaunch recipe.yaml` trains (and continues a run that was interrupted). Values of the recipe can be set behind it: `train.learning_rate=1e-4`.
+"""  # noqa: E501 - one paragraph: the help page wraps it
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("ftlaunch")
+
+
+app = App(
+    name="ftlaunch",
+    help=HELP,
+    help_format="markdown",
+    version=_version,
+    suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=()),
+    usage="Usage: ftlaunch [OPTIONS] recipe.yaml [key.sub=value …]\n       ftlaunch COMMAND …\n",
+)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Place:
+    """Where it runs: overrides of the recipe's `cluster` section."""
+
+    nodes: Annotated[int | None, Parameter(help="Number of nodes.")] = None
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs on each node, one rank each.")] = None
+    cluster: Annotated[str | None, Parameter(help="Profile: clusters/NAME.yaml beside the recipe.")] = None
+
+
+RecipePath = Annotated[Path, Parameter(help="The recipe, a YAML file.")]
+Overrides = Annotated[str, Parameter(help="Values of the recipe to change: key.sub=value.")]
+
+
+def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
+    from ..recipes.load import load_recipe
+
+    return load_recipe(
+        recipe,
+        overrides,
+        environ=os.environ,
+        nodes=place.nodes,
+        gpus_per_node=place.gpus_per_node,
+        cluster=place.cluster,
+    )
+
+
+@app.default
+def run(
+    recipe: RecipePath,
+    /,
+    *overrides: Overrides,
+    place: Place = Place(),  # noqa: B008 - frozen
+    fresh: bool = False,
+    accept_changes: bool = False,
+) -> int:
+    """Train. The same recipe under the same name continues the unfinished run.
+
+    Parameters
+    ----------
+    fresh
+        Begin a new run (NAME-2, NAME-3, …) instead of continuing.
+    accept_changes
+        Continue although numbers that shape the training were changed.
+    """
+    from .start import Flags, start
+
+    return start(_load(recipe, overrides, place), Flags(fresh=fresh, accept_changes=accept_changes))
+
+
+@app.command
+def plan(
+    recipe: RecipePath,
+    /,
+    *overrides: Overrides,
+    place: Place = Place(),  # noqa: B008
+    json: bool = False,
+    sample: bool = False,
+    strict: bool = False,
+) -> int:
+    """Show what would happen: every value, world, batch, steps, files, memory. Starts nothing.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    sample
+        Tokenise some rows of each source for better estimates of steps and tokens.
+    strict
+        Fail (exit 1) on anything that cannot be known from here.
+    """
+    from .plan_view import show_plan
+
+    return show_plan(_load(recipe, overrides, place), as_json=json, sample=sample, strict=strict)
+
+
+@app.command
+def check(
+    recipe: RecipePath,
+    /,
+    *overrides: Overrides,
+    place: Place = Place(),  # noqa: B008
+    rows: int = 200,
+    samples: int = 3,
+) -> int:
+    """Read the head of the data and show what the model would learn from it.
+
+    Parameters
+    ----------
+    rows
+        Rows to read from each source.
+    samples
+        Rendered samples to show for each source.
+    """
+    from .check import check_data
+
+    return check_data(_load(recipe, overrides, place), rows=rows, samples=samples)
+
+
+@app.command
+def quickstart(folder: Path = Path("ftlaunch-quickstart"), /) -> int:
+    """Train a small model on this machine's own Python files, to see everything work.
+
+    Parameters
+    ----------
+    folder
+        Where data, recipes and runs go.
+    """
+    from .quickstart import quickstart as run_quickstart
+
+    return run_quickstart(folder)
+
+
+@app.command
+def recipes(name: str | None = None, file: Path | None = None, /) -> int:
+    """List the recipes that come with ftlaunch; print one; copy one to a file.
+
+    Parameters
+    ----------
+    name
+        Recipe to print.
+    file
+        Copy it here (never over an existing file).
+    """
+    from .catalogue import show_recipes
+
+    return show_recipes(name, file)
+
+
+@app.command
+def schema() -> int:
+    """Print the recipe's JSON Schema, for editors."""
+    from ..recipes.load import schema_json
+
+    print(schema_json())
+    return 0
+
+
+@app.command
+def generate(
+    run: str, prompt: str, /, *, max_new_tokens: int = 128, temperature: float = 0.0, raw: bool = False
+) -> int:
+    """Let a trained model answer a prompt.
+
+    Parameters
+    ----------
+    run
+        A run (NAME under ./runs, or a URL), RUN@best, RUN@latest, RUN@STEP, or a checkpoint folder.
+    prompt
+        What the model is asked.
+    max_new_tokens
+        Longest answer.
+    temperature
+        0: the most likely token each time.
+    raw
+        Give the prompt to the model as it is, without the chat template.
+    """
+    from .generate import generate as generate_text
+
+    return generate_text(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, raw=raw)
+
+
+@app.command
+def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
+    """Copy a checkpoint to a folder on this machine, and verify it.
+
+    Parameters
+    ----------
+    run
+        RUN, RUN@best, RUN@latest or RUN@STEP.
+    folder
+        An empty or new folder.
+    training
+        Copy the optimizer state too.
+    """
+    from .pull import pull as pull_checkpoint
+
+    return pull_checkpoint(run, folder, training=training)
+
+
+@app.command
+def status(run: str, /) -> int:
+    """Show how far a run is.
+
+    Parameters
+    ----------
+    run
+        A run: NAME under ./runs, or a URL.
+    """
+    from .status import show_status
+
+    return show_status(run)
+
+
+VERBS = ("plan", "check", "quickstart", "recipes", "schema", "generate", "pull", "status")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 1 the user can mend it, 2 infrastructure (or a bug),
+    130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except FtlaunchError as error:
+        return _fail(str(error), error.exit_code)
+    except CycloptsError as error:
+        return _fail(f"{error}\n`ftlaunch --help` shows how it is used", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader (head, less) went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception:  # the last line of defence: a bug must not look like success
+        traceback.print_exc()
+        return _fail("this is a bug in ftlaunch; please report it with the lines above and `ftlaunch --version`", 2)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        app.help_print([])
+        return 1
+    arranged = arrange(words, VERBS, Path.cwd())
+    code = app(arranged, exit_on_error=False, print_error=False, result_action="return_value")
+    return int(code or 0)  # --help and --version give None
+
+
+def _fail(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Text, not a string: what a message quotes from files must never be taken for markup.
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(message), soft_wrap=True, highlight=False)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
