@@ -1,0 +1,37 @@
+"""Environment variables are read in a few named places; everything else gets what it needs passed in."""
+
+from __future__ import annotations
+
+import ast
+
+ALLOWED = {
+    "launcher/cli.py": "the laptop's end: hands the environment to what it calls",
+    "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
+    "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
+    "recipes/load.py": "resolves ${VAR} in a recipe",
+}
+NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+
+
+def reads(tree: ast.Module) -> list[int]:
+    """Lines that touch the process's environment, through `os.NAME` or `from os import NAME`."""
+    return sorted(node.lineno for node in ast.walk(tree) if is_read(node))
+
+
+def is_read(node: ast.AST) -> bool:
+    match node:
+        case ast.Attribute(value=ast.Name(id="os"), attr=attr):
+            return attr in NAMES
+        case ast.ImportFrom(module="os", names=names):
+            return any(alias.name in NAMES for alias in names)
+    return False
+
+
+def test_only_named_places_read_the_environment(sources):
+    found = [f"{s.name}:{line}" for s in sources if s.name not in ALLOWED for line in reads(s.tree)]
+    assert found == [], f"pass the value in from one of {sorted(ALLOWED)}"
+
+
+def test_every_way_of_reading_is_seen():
+    text = "import os\nos.environ['A']\nos.getenv('A')\nfrom os import environ\nprint(os.sep)\nos.environ.get('A')\n"
+    assert reads(ast.parse(text)) == [2, 3, 4, 6]

@@ -1,0 +1,22 @@
+"""What holds for every test, however pytest was started: nothing phones home, and a failure can be repeated."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Ranks and readers of a test are processes of their own and inherit these; set before anything imports torch or ray.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A cluster that the developer happens to be connected to is not ours to test on.
+os.environ.pop("RAY_ADDRESS", None)
+
+# No deadlines: shared machines are slow at times, and a test has no opinion about time.
+settings.register_profile("ftlaunch", deadline=None, print_blob=True)
+settings.load_profile("ftlaunch")
