@@ -1,0 +1,114 @@
+"""What a run wrote down, put in order: metrics and events as they count after every crash and resume. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of the eval sets (`NAME/loss`) after `step` optimizer steps."""
+
+    step: int
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. `steps` and `evaluations` are ascending by step, each step once; `data` has the latest counters of
+    each source; `attempts` counts how often the run was started."""
+
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    steps: tuple[Line, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    data: Mapping[str, Mapping[str, Any]] | None = None
+    events: tuple[Line, ...] = ()
+    attempts: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return sum(int(line["tokens"]) for line in self.steps)
+
+    @property
+    def step_time_s(self) -> float:
+        """Time spent in the steps that count, seconds; start-up, evaluation and saving are not in it."""
+        return sum(float(line["step_s"]) for line in self.steps)
+
+
+def parse_lines(text: str) -> list[Line]:
+    """JSON lines; a last line that a crash cut short is left out."""
+    lines: list[Line] = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def make_record(
+    metrics: Iterable[Line], events: Iterable[Line], recipe: Mapping[str, Any], environment: Mapping[str, Any]
+) -> Record:
+    """Put a run's lines in order. After a resume a step can occur twice: the later attempt counts, and what an
+    earlier attempt did beyond the point of resuming is left out."""
+    lines = list(metrics)
+    counted = _counted(lines)
+    data_lines = sorted((line for line in lines if line["kind"] == "data"), key=_place)
+    evaluations = _latest(counted, "evaluation")
+    return Record(
+        recipe=recipe,
+        environment=environment,
+        steps=tuple(_latest(counted, "step")),
+        evaluations=tuple(Evaluation(int(line["step"]), line["losses"]) for line in evaluations),
+        data=data_lines[-1]["sources"] if data_lines else None,
+        events=tuple(events),
+        attempts=max((int(line["attempt"]) for line in lines), default=0),
+    )
+
+
+def _place(line: Line) -> tuple[int, int]:
+    return int(line["attempt"]), int(line["step"])
+
+
+def _counted(lines: list[Line]) -> list[Line]:
+    """Lines without those that a later attempt took back by starting again before them."""
+    begins: dict[int, int] = {}
+    for line in lines:
+        if line["kind"] == "step":
+            attempt, step = _place(line)
+            begins[attempt] = min(step, begins.get(attempt, step))
+
+    def stands(line: Line) -> bool:
+        attempt, step = _place(line)
+        return all(step < begin for later, begin in begins.items() if later > attempt)
+
+    return [line for line in lines if stands(line)]
+
+
+def _latest(lines: list[Line], kind: str) -> list[Line]:
+    """The lines of a kind, ascending by step; of two for the same step the later attempt's."""
+    by_step = {int(line["step"]): line for line in sorted(lines, key=_place) if line["kind"] == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def before_and_after(record: Record) -> dict[str, tuple[float, float]]:
+    """Eval set's loss name -> (first, last measured)."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for evaluation in record.evaluations:
+        first = {**evaluation.losses, **first}
+        last = {**last, **evaluation.losses}
+    return {name: (first[name], last[name]) for name in sorted(first)}
+
+
+def series(record: Record, key: str, transform: Callable[[Line], float] | None = None) -> list[tuple[float, float]]:
+    """(step, value) points of a metric, where it was written down."""
+    value = transform or (lambda line: float(line[key]))
+    return [(float(line["step"]), value(line)) for line in record.steps if line.get(key) is not None]
