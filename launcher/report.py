@@ -1,0 +1,144 @@
+"""report.html: one self-contained page that says how a run went and what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from . import units
+from .charts import Series, line_chart
+from .record import Record, before_and_after, series
+
+COUNTED = (("rows", "rows"), ("tokens", "tokens"), ("supervised", "supervised tokens"))
+HANDLED = (("truncated", "truncated"), ("split", "split"))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the head of the page."""
+
+    label: str
+    value: str
+
+
+def render_report(record: Record, *, name: str, state: str, recipe_text: str) -> str:
+    """The page for a run. `recipe_text` is shown as it is: secrets must be gone from it already."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    template = files("ftlaunch.launcher").joinpath("report.html.j2").read_text(encoding="utf-8")
+    # The charts escape their own texts; everything else is escaped here.
+    charts = [(title, Markup(svg)) for title, svg in _charts(record) if svg]  # noqa: S704
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            name=name,
+            state=state,
+            tiles=_tiles(record),
+            charts=charts,
+            comparison=_comparison(record),
+            sources=_sources(record),
+            reasons=_reasons(record),
+            environment=list(flatten(record.environment)),
+            events=[_event(event) for event in record.events],
+            recipe_text=recipe_text,
+        )
+    )
+
+
+def _tiles(record: Record) -> list[Tile]:
+    if not record.steps:
+        return [Tile("steps", "0")]
+    last = record.steps[-1]
+    seconds = record.step_time_s
+    tiles = [
+        Tile("steps", units.count(last["step"])),
+        Tile("last loss", f"{last['loss']:.4f}"),
+        Tile("tokens", units.count(record.tokens)),
+        Tile("time in steps", units.duration(seconds)),
+    ]
+    if seconds > 0:
+        tiles.append(Tile("tokens/s", units.count(record.tokens / seconds)))
+    tiles.append(Tile("most memory", units.size(max(line["memory_bytes"] for line in record.steps))))
+    if record.attempts > 1:
+        tiles.append(Tile("attempts", str(record.attempts)))
+    return tiles
+
+
+def _charts(record: Record) -> Iterator[tuple[str, str]]:
+    names = sorted({name for evaluation in record.evaluations for name in evaluation.losses})
+    evaluated = [
+        Series(name, [(float(e.step), e.losses[name]) for e in record.evaluations if name in e.losses], marks=True)
+        for name in names
+    ]
+    train = Series("train loss", series(record, "loss"), noisy=True)
+    yield "Loss", line_chart([train, *evaluated], lambda y: f"{y:.4g}")
+    rate = Series("learning rate", series(record, "learning_rate"))
+    yield "Learning rate", line_chart([rate], lambda y: f"{y:.1e}")
+    norm = Series("gradient norm", series(record, "grad_norm"), noisy=True)
+    yield "Gradient norm, before clipping", line_chart([norm], lambda y: f"{y:.3g}")
+    speed = Series("tokens/s", series(record, "tokens_per_s"), noisy=True)
+    yield "Throughput, tokens/s", line_chart([speed], units.count)
+    wait = Series("waiting", series(record, "data_wait_s", _wait_share), noisy=True)
+    yield "Share of the step spent waiting for data", line_chart([wait], lambda y: f"{y:.1%}")
+    memory = Series("memory", series(record, "memory_bytes", lambda line: line["memory_bytes"] / 2**30))
+    yield "Memory, GiB", line_chart([memory], lambda y: f"{y:.3g}")
+
+
+def _wait_share(line: Mapping[str, Any]) -> float:
+    seconds = float(line["step_s"])
+    return float(line["data_wait_s"]) / seconds if seconds > 0 else 0.0
+
+
+def _comparison(record: Record) -> list[tuple[str, str, str, str]]:
+    """(eval set, before, after, change) as text."""
+    return [
+        (name, f"{before:.4f}", f"{after:.4f}", change(before, after))
+        for name, (before, after) in before_and_after(record).items()
+    ]
+
+
+def change(before: float, after: float) -> str:
+    """`-31.2 %`; empty where there is nothing to compare with."""
+    return f"{(after - before) / before:+.1%}" if before > 0 else ""
+
+
+def _reasons(record: Record) -> list[str]:
+    """Every reason for which any source lost rows."""
+    sources = (record.data or {}).values()
+    return sorted({reason for counts in sources for reason in counts["rejected"]})
+
+
+def _sources(record: Record) -> list[tuple[str, list[str]]]:
+    """(source, cells) with the cells of `COUNTED`, the share of tokens, `HANDLED`, then each reason."""
+    data = record.data or {}
+    total = sum(counts["tokens"] for counts in data.values()) or 1
+    reasons = _reasons(record)
+    rows = []
+    for name, counts in data.items():
+        cells = [units.count(counts[key]) for key, _ in COUNTED]
+        cells += [f"{counts['tokens'] / total:.1%}"]
+        cells += [units.count(counts[key]) for key, _ in HANDLED]
+        cells += [units.count(counts["rejected"].get(reason, 0)) for reason in reasons]
+        rows.append((name, cells))
+    return rows
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every leaf of nested mappings."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, (list, tuple)):
+        yield prefix, ", ".join(map(str, value))
+    else:
+        yield prefix, str(value)
+
+
+def _event(event: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(time, kind, the rest) of an event line."""
+    rest = {key: value for key, value in event.items() if key not in ("time", "kind")}
+    return str(event.get("time", "")), str(event.get("kind", "")), "  ".join(f"{k}={v}" for k, v in flatten(rest))
