@@ -119,7 +119,7 @@ def _info(fs: Any, entry: dict[str, Any], url: str) -> FileInfo:
     if size is None:
         raise UserError(f"{url}: the server does not say how long the file is, so it cannot be read in ranges")
     if is_local(url):
-        etag = f"{os.stat(entry['name']).st_mtime_ns}-{size}"
+        etag = f"{Path(entry['name']).stat().st_mtime_ns}-{size}"
     changed = entry.get("LastModified") or entry.get("mtime") or entry.get("created") or ""
     return FileInfo(_full_url(fs, entry["name"], url), int(size), etag or f"{changed}-{size}")
 

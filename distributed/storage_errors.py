@@ -7,6 +7,8 @@ optional packages, so their exceptions are known here by name.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
 
 from ..recipes.errors import FtlaunchError, InfrastructureError, UserError
 
@@ -78,24 +80,36 @@ def _operating_system(url: str, error: OSError) -> FtlaunchError | None:
     return None
 
 
+def _package_or_protocol(url: str, error: Exception) -> FtlaunchError | None:
+    is_about_it = isinstance(error, ImportError) or "rotocol" in str(error)
+    return _missing_package(url, error) if is_about_it else None
+
+
+def _kind(url: str, error: OSError) -> UserError:
+    return UserError(f"{url}: {error.strerror or 'a folder where a file is expected, or the reverse'}")
+
+
+def _bug(url: str, error: Exception) -> FtlaunchError:
+    raise error
+
+
+_RULES: tuple[tuple[set[str], Callable[[str, Any], FtlaunchError | None]], ...] = (
+    ({"FtlaunchError"}, lambda url, error: error),
+    ({"FileNotFoundError"}, _not_found),
+    ({"PermissionError"} | NO_CREDENTIALS, _denied),
+    ({"IsADirectoryError", "NotADirectoryError"}, _kind),
+    ({"ClientResponseError"}, _http_status),
+    ({"OSError"}, _operating_system),
+    ({"ImportError", "ValueError"}, _package_or_protocol),
+    ({"TypeError", "AttributeError", "AssertionError", "LookupError", "NameError"}, _bug),
+)
+
+
 def definite_error(url: str, error: Exception) -> FtlaunchError | None:
     """The error to show for one that trying again cannot mend; None for passing trouble. What is no storage error
     at all is raised again as it is."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    if isinstance(error, FtlaunchError):
-        return error
-    if isinstance(error, ImportError | ValueError) and not names & {"ClientError", "ClientConnectorError"}:
-        return _missing_package(url, error) if "rotocol" in str(error) or isinstance(error, ImportError) else None
-    if isinstance(error, FileNotFoundError):
-        return _not_found(url, error)
-    if isinstance(error, PermissionError) or names & NO_CREDENTIALS:
-        return _denied(url, error)
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return UserError(f"{url}: {error.strerror}")
-    if "ClientResponseError" in names:
-        return _http_status(url, error)
-    if isinstance(error, OSError):
-        return _operating_system(url, error)
-    if isinstance(error, TypeError | AttributeError | AssertionError | KeyError):
-        raise error
+    for kinds, rule in _RULES:
+        if names & kinds:
+            return rule(url, error)
     return None

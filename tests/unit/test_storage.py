@@ -89,7 +89,8 @@ def test_of_many_creators_one_wins(root):
     assert not storage.create_exclusive(url, b"again")
 
 
-def test_a_stream_that_fails_leaves_nothing(root):
+def test_a_stream_that_fails_leaves_nothing(tmp_path):
+    root = str(tmp_path / "out")
     url = storage.join(root, "big.bin")
     with storage.open_write(url) as file:
         file.write(b"x" * 1000)
@@ -116,7 +117,7 @@ def test_errors_name_the_place_and_the_remedy(url, words):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write to .*file/runs"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/runs"):
         storage.check_writable(str(tmp_path / "file" / "runs"))
     storage.check_writable(str(tmp_path / "runs"))
     assert storage.list_names(str(tmp_path / "runs")) == []
@@ -142,7 +143,7 @@ def test_trouble_that_stays_is_an_infrastructure_error():
     def call():
         raise ConnectionResetError("reset by peer")
 
-    with pytest.raises(InfrastructureError, match="reset by peer .tried 3 times"):
+    with pytest.raises(InfrastructureError, match=r"reset by peer .tried 3 times"):
         storage.retrying("read", "s3://b/k", call, policy)
 
 
