@@ -47,6 +47,10 @@ class Engine(Protocol):
         """Fill `part` from stored tensors; every rank reads just its ranges."""
         ...
 
+    def load_base(self, reader: FragmentReader) -> None:
+        """Fill the base model's tensors from the model folder that the run starts from."""
+        ...
+
     def optimizer_state(self) -> Mapping[str, Any]:
         """What else must be stored with the optimizer (step counts), small and the same on every rank."""
         ...

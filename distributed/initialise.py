@@ -1,0 +1,104 @@
+"""Values for tensors that no file holds: random models, adapters, buffers.
+
+A tensor is drawn whole, on the CPU, one at a time, from a generator keyed by (seed, tensor name); each rank keeps
+its part. So the same recipe starts from the same model at every world size and under every strategy; drawing on
+the sharded tensors would give another model for each.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..recipes.errors import UserError
+from .loss_model import LossModel
+from .model import base_name
+
+Fill = Callable[[nn.Parameter, Tensor], None]
+"""Copies this rank's part of a whole tensor (on the CPU) into a parameter."""
+
+
+def keyed_seed(*key: object) -> int:
+    """A 63-bit seed from any printable key; stable across machines and versions."""
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Draw from a CPU generator with this seed; the generator outside is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def fill_buffers(loss_model: LossModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies), which meta tensors have lost.
+
+    Raises UserError for a buffer that the model's own initialisation does not set: guessing would train another model.
+    """
+    for module in loss_model.causal_lm.modules():
+        if not module._buffers:
+            continue
+        whole = _drawn_module(loss_model, module, seed=0)
+        for name, buffer in whole._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.isnan().any():
+                raise UserError(
+                    f"model.path: {type(module).__name__}.{name} cannot be rebuilt; this model type is not supported."
+                )
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def fill_random_model(loss_model: LossModel, seed: int, fill: Fill) -> None:
+    """Draw every parameter as the model's own initialisation has it."""
+    tied: set[int] = set()
+    for prefix, module in loss_model.named_modules():
+        own = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in tied}
+        if not own:
+            continue
+        whole = _drawn_module(loss_model, module, keyed_seed(seed, base_name(f"{prefix}.")))
+        for name, parameter in own.items():
+            tied.add(id(parameter))
+            fill(parameter, whole._parameters[name])  # type: ignore[arg-type]
+
+
+def fill_adapter(loss_model: LossModel, names: Iterator[str], seed: int, fill: Fill) -> None:
+    """LoRA's start (Hu et al. 2021, section 4.1; peft's defaults): A uniform as `nn.Linear` draws it, B zero.
+    Modules that are trained whole start as copies and are filled with the base model's values elsewhere."""
+    parameters = dict(loss_model.named_parameters())
+    for name in names:
+        if ".lora_" not in name:
+            continue
+        parameter = parameters[name]
+        whole = torch.zeros(parameter.shape)
+        # An embedding's A starts at zero and its B is normal: the product has to start at zero either way.
+        if "lora_A" in name:
+            with drawn_from(keyed_seed(seed, name)):
+                nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+        elif "lora_embedding_B" in name:
+            with drawn_from(keyed_seed(seed, name)):
+                nn.init.normal_(whole)
+        fill(parameter, whole)
+
+
+def _drawn_module(loss_model: LossModel, module: nn.Module, seed: int) -> nn.Module:
+    """A CPU twin of one module (without its children's parameters), initialised by the model's own rules."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(torch.zeros(p.shape)) for name, p in module._parameters.items()
+    }
+    twin._buffers = {name: None if b is None else _unset(b) for name, b in module._buffers.items()}
+    with drawn_from(seed), torch.no_grad():
+        loss_model.causal_lm._init_weights(twin)
+    return twin
+
+
+def _unset(buffer: Tensor) -> Tensor:
+    """NaN where a value is missing, so that it is seen."""
+    return torch.full(buffer.shape, math.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype)

@@ -1,0 +1,109 @@
+"""`LossModel`: the module that strategies wrap. Its forward turns a batch into per-token losses.
+
+The logits of a whole batch are never held: they are made in chunks of positions that predict something, and made
+again in the backward pass when there is more than one chunk. It has to be inside the wrapped module because a head
+that is used outside a wrapped forward sees only its own shard under FSDP2 and ZeRO-3.
+
+Shapes: B sequences, S tokens, H hidden size, V vocabulary, N supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..recipes.methods.base import IGNORED
+
+LOGITS_BYTES = 256 * 2**20
+"""Bound on the fp32 logits held at once. Below it a chunk is big enough to keep the matrix unit busy; a batch that
+fits in one chunk is not recomputed, so small vocabularies pay nothing."""
+
+
+class LossModel(nn.Module):
+    """A causal language model with its loss.
+
+    `model` is what carries the parameters: a transformers causal LM, or peft's wrapper around one. `forward(batch)`
+    gives losses [B, S] in fp32, 0 where `targets` is `IGNORED`. Other tasks are probes that must run inside a
+    wrapped forward too; see `TASKS`.
+    """
+
+    def __init__(self, model: nn.Module, causal_lm: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # Held in a tuple so that it is not registered a second time beside peft's wrapper.
+        self._causal_lm = (causal_lm,)
+        self.use_own_head = False
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model itself, without peft's wrapper."""
+        return self._causal_lm[0]
+
+    def forward(self, batch: Mapping[str, Tensor], task: str = "losses") -> Tensor:
+        return TASKS[task](self, batch)
+
+
+def token_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Losses [B, S]."""
+    if self.use_own_head:
+        return losses_of_logits(own_logits(self, batch), batch["targets"])
+    return chunked_losses(hidden_states(self, batch), self.causal_lm.get_output_embeddings(), batch["targets"])
+
+
+def hidden_states(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The body's output [B, S, H]. Attention per packed sample follows from `position_ids` that restart."""
+    body = self.causal_lm.base_model
+    output = body(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def own_logits(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's own logits [B, S, V], with whatever it scales or caps after the head."""
+    output = self.causal_lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+def own_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Losses [B, S] from the model's own logits, to compare with."""
+    return losses_of_logits(own_logits(self, batch), batch["targets"])
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy [B, S] in fp32."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    # FSDP2 hooks the output, and a view may lose its hook.
+    return losses.view_as(targets).clone()
+
+
+def chunked_losses(hidden: Tensor, head: nn.Module, targets: Tensor, logits_bytes: int = LOGITS_BYTES) -> Tensor:
+    """Cross-entropy [B, S] of `head(hidden)` without holding the logits of more than `logits_bytes`."""
+    positions = (targets != IGNORED).nonzero(as_tuple=True)
+    supervised, labels = hidden[positions], targets[positions]
+    rows = max(1, logits_bytes // (4 * head.weight.shape[0]))  # type: ignore[union-attr, operator]
+    if len(labels) <= rows:
+        losses = _chunk_losses(supervised, head, labels)
+    else:
+        chunks = zip(supervised.split(rows), labels.split(rows), strict=True)
+        losses = torch.cat(
+            [checkpoint(_chunk_losses, part, head, label, use_reentrant=False) for part, label in chunks]
+        )
+    return losses.new_zeros(targets.shape).index_put(positions, losses)
+
+
+def _chunk_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), labels, reduction="none")
+
+
+TASKS = {
+    "losses": token_losses,
+    "hidden_states": hidden_states,
+    "own_losses": own_losses,
+    "own_logits": own_logits,
+}

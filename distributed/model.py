@@ -1,0 +1,157 @@
+"""Building the model: its structure without memory, what is trained, what each tensor is called when published.
+
+Everything here works on the meta device. Strategies lay the result out over ranks; only then do values arrive, from
+stored files or drawn by `initialise.py`, each rank filling just its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..recipes.errors import UserError
+from ..recipes.schema import Lora, Recipe
+from .loss_model import LossModel
+
+if TYPE_CHECKING:
+    from .model_files import ModelFolder
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model on the meta device.
+
+    `published` maps a parameter's name inside `loss_model` to its name in checkpoint files, in checkpoint order; with
+    an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
+    Tied parameters appear once.
+    """
+
+    loss_model: LossModel
+    published: dict[str, str]
+    base: dict[str, str]
+    has_adapter: bool
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration of the model."""
+        return self.loss_model.causal_lm.config
+
+    def new_tensors(self) -> Iterator[str]:
+        """Names of parameters that no folder holds: an adapter's."""
+        return (name for name, _ in self.loss_model.named_parameters() if name not in self.base)
+
+
+def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
+    """The recipe's model, frozen and adapted, without values. Raises UserError for what cannot be trained."""
+    causal_lm = _structure(recipe, folder)
+    model = causal_lm if recipe.adapter is None else _adapt(causal_lm, recipe.adapter)
+    loss_model = LossModel(model, causal_lm)
+    if recipe.model.train_layers:
+        _train_only(loss_model, recipe.model.train_layers)
+    _set_dtypes(loss_model, DTYPES[recipe.model.dtype])
+    if recipe.train.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    has_adapter = recipe.adapter is not None
+    names = [name for name, _ in loss_model.named_parameters()]
+    base = {name: base_name(name) for name in names if not is_adapter_tensor(name)}
+    published = {name: adapter_name(name) for name in names if is_adapter_tensor(name)} if has_adapter else base
+    return BuiltModel(loss_model, published, base, has_adapter)
+
+
+def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = folder.config.get("model_type")
+    if recipe.model.init == "pretrained":
+        _refuse_converted(model_type)
+    try:
+        config = AutoConfig.from_pretrained(folder.local_small_files)
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(
+                config, attn_implementation=recipe.model.attention, dtype=torch.float32
+            )
+    except (ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model.path: transformers cannot build model type {model_type!r}: {error}") from error
+    causal_lm.tie_weights()
+    causal_lm.config.use_cache = False
+    return causal_lm
+
+
+def _refuse_converted(model_type: str | None) -> None:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(model_type) is not None:
+        raise UserError(
+            f"model.path: the stored tensors of model type {model_type!r} are permuted or merged by transformers when "
+            "loaded; training such models is not supported yet."
+        )
+
+
+def _adapt(causal_lm: Any, adapter: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    target: str | list[str] = (
+        adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
+    )
+    config = LoraConfig(
+        r=adapter.rank,
+        # peft types alpha as int; the ratio is what counts and floats work.
+        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=target,
+        modules_to_save=list(adapter.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"adapter: {error}") from error
+
+
+def _train_only(loss_model: LossModel, patterns: tuple[str, ...]) -> None:
+    unused = set(patterns)
+    for name, parameter in loss_model.named_parameters():
+        hits = [pattern for pattern in patterns if fnmatchcase(base_name(name), pattern)]
+        unused.difference_update(hits)
+        parameter.requires_grad_(bool(hits))
+    if unused:
+        names = [base_name(name) for name, _ in loss_model.named_parameters()]
+        raise UserError(
+            f"model.train_layers: no parameter matches {', '.join(sorted(unused))}. Names look like "
+            f"{', '.join(names[:: max(1, len(names) // 6)][:6])}."
+        )
+
+
+def _set_dtypes(loss_model: LossModel, dtype: torch.dtype) -> None:
+    """Trainable masters in fp32; frozen weights in the published dtype, since nothing will be added to them."""
+    for module in loss_model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    loss_model.causal_lm.tie_weights()
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a parameter of peft's wrapper belongs to the adapter."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the model's own files: without our and peft's wrappers."""
+    for wrapper in ("model.base_model.model.", "model."):
+        if name.startswith(wrapper):
+            name = name.removeprefix(wrapper)
+            break
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def adapter_name(name: str) -> str:
+    """A parameter's name in peft's files: without our wrapper and without the adapter's own name."""
+    return name.removeprefix("model.").replace(".modules_to_save.default.", ".").replace(".default.", ".")
