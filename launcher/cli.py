@@ -73,7 +73,7 @@ def run(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),  # noqa: B008 - frozen
+    place: Place = Place(),
     fresh: bool = False,
     accept_changes: bool = False,
 ) -> int:
@@ -96,7 +96,7 @@ def plan(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),  # noqa: B008
+    place: Place = Place(),
     json: bool = False,
     sample: bool = False,
     strict: bool = False,
@@ -122,7 +122,7 @@ def check(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),  # noqa: B008
+    place: Place = Place(),
     rows: int = 200,
     samples: int = 3,
 ) -> int:
@@ -173,9 +173,11 @@ def recipes(name: str | None = None, file: Path | None = None, /) -> int:
 @app.command
 def schema() -> int:
     """Print the recipe's JSON Schema, for editors."""
-    from ..recipes.load import schema_json
+    from json import dumps
 
-    print(schema_json())
+    from ..recipes.json_schema import schema_json
+
+    print(dumps(schema_json(), indent=2))
     return 0
 
 

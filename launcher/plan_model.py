@@ -1,0 +1,197 @@
+"""What a model is, from config.json and the headers of its weights: parameters, what is trained, what a checkpoint
+will hold, and about how much memory training takes. No weights are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ..distributed.checkpoint.fragments import TensorSpec
+from ..distributed.checkpoint.layout import FileSet, num_elements, open_folder, plan_files
+from ..recipes.errors import UserError
+from ..recipes.schema import Ddp, Lora, Model, Recipe
+from .unknown import Unknown, ask
+
+DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+BYTES = {"bfloat16": 2, "float32": 4}
+EMBEDDINGS = re.compile(r"(embed|\bwte\b|\bwpe\b|position)", re.IGNORECASE)
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
+ACTIVATION_BYTES = 34
+"""Bytes kept for the backward pass per token, hidden unit and layer in 16 bits, without the attention matrix
+(Korthikanti et al. 2022, arXiv:2205.05198, equation 1); twice that in fp32."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Parameters counted from the headers. `stored` are the tensors that a checkpoint publishes, `trained` those with
+    optimizer state, `hidden_size` and `num_layers` are 0 where config.json names them otherwise."""
+
+    model_type: str
+    parameters: int
+    trainable: int
+    stored: tuple[TensorSpec, ...]
+    trained: tuple[TensorSpec, ...]
+    hidden_size: int
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of a checkpoint, relative to the checkpoint's folder."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """An estimate of one rank's memory while training, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+
+
+def plan_model(recipe: Recipe) -> ModelPlan | Unknown:
+    """The model a recipe trains. Raises UserError for a local folder that is no model."""
+    from ..distributed.model_files import HUB_ID, find_model
+    from ..distributed.storage import is_local, local_path
+
+    path = recipe.model.path
+    if is_local(path) and not local_path(path).is_dir() and HUB_ID.match(path):
+        return Unknown(f"{path} is on a model hub, which plan does not ask")
+
+    def look() -> ModelPlan | Unknown:
+        folder = find_model(path, weights=False)
+        config = folder.config
+        if recipe.model.init == "random":
+            return Unknown(f"the {config.get('model_type', '')} model is yet to be initialised from config.json")
+        return from_headers(recipe, config, open_folder(folder.url))
+
+    return ask(path, look)
+
+
+def from_headers(recipe: Recipe, config: Mapping[str, Any], files: FileSet) -> ModelPlan:
+    """Count a stored model. Raises UserError for patterns that match nothing."""
+    base = [tensor.spec for _, tensor in files.places.values()]
+    dtype = DTYPE_NAMES[recipe.model.dtype]
+    whole = [TensorSpec(spec.name, spec.shape, dtype) for spec in base]
+    if recipe.adapter is not None:
+        stored = adapter_tensors(recipe.adapter, whole)
+        trained: Sequence[TensorSpec] = stored
+        parameters = sum(map(num_elements, [*whole, *stored]))
+    else:
+        stored, trained = whole, _chosen(whole, recipe.model)
+        parameters = sum(map(num_elements, whole))
+    shape = config.get("text_config", config)  # multimodal models keep the language model's figures one level down
+    return ModelPlan(
+        model_type=str(config.get("model_type", "")),
+        parameters=parameters,
+        trainable=sum(map(num_elements, trained)),
+        stored=tuple(stored),
+        trained=tuple(trained),
+        hidden_size=int(shape.get("hidden_size", shape.get("n_embd", 0))),
+        num_layers=int(shape.get("num_hidden_layers", shape.get("n_layer", 0))),
+    )
+
+
+def _chosen(tensors: Sequence[TensorSpec], model: Model) -> list[TensorSpec]:
+    if not model.train_layers:
+        return list(tensors)
+    for pattern in model.train_layers:
+        if not any(fnmatchcase(spec.name, pattern) for spec in tensors):
+            raise UserError(
+                f"model.train_layers: {pattern!r} matches no parameter; the names look like "
+                f"{', '.join(spec.name for spec in tensors[:3])}"
+            )
+    return [spec for spec in tensors if any(fnmatchcase(spec.name, pattern) for pattern in model.train_layers)]
+
+
+def adapter_tensors(lora: Lora, base: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The tensors that peft adds. Linear layers are told from the headers by their two dimensions and by not being
+    an embedding or the head, which is right for dense models; a router may be counted besides."""
+    targets = [spec for spec in base if _is_target(lora, spec)]
+    if not targets:
+        raise UserError(
+            f"adapter.target_modules: {lora.target_modules} matches no layer; the names look like "
+            f"{', '.join(spec.name for spec in base[:3])}"
+        )
+    tensors = []
+    for spec in targets:
+        name = f"base_model.model.{spec.name.removesuffix('.weight')}"
+        rows, columns = spec.shape
+        tensors.append(TensorSpec(f"{name}.lora_A.weight", (lora.rank, columns), spec.dtype))
+        tensors.append(TensorSpec(f"{name}.lora_B.weight", (rows, lora.rank), spec.dtype))
+    saved = [spec for spec in base if set(spec.name.split(".")) & set(lora.modules_to_save)]
+    return tensors + [TensorSpec(f"base_model.model.{spec.name}", spec.shape, spec.dtype) for spec in saved]
+
+
+def _is_target(lora: Lora, spec: TensorSpec) -> bool:
+    if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
+        return False
+    module = spec.name.removesuffix(".weight")
+    if isinstance(lora.target_modules, tuple):
+        return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
+    return not EMBEDDINGS.search(module) and not HEADS.search(spec.name)
+
+
+def plan_checkpoint(recipe: Recipe, model: ModelPlan) -> tuple[PlannedFile, ...]:
+    """The weight files of one checkpoint; configuration and tokenizer come besides."""
+    stem = "model" if recipe.adapter is None else "adapter_model"
+    trained = {spec.name for spec in model.trained}
+    frozen = [spec.name for spec in model.stored if spec.name not in trained]
+    files = [PlannedFile(file.name, file.size) for file in plan_files(model.stored, stem=stem, frozen=frozen).files]
+    master = [] if recipe.model.dtype == "float32" else ["master"]  # fp32 weights are their own master copy
+    wide = [TensorSpec(spec.name, spec.shape, "F32") for spec in model.trained]
+    for part in [*master, "exp_avg", "exp_avg_sq"]:
+        files += [PlannedFile(f"training/{file.name}", file.size) for file in plan_files(wide, stem=part).files]
+    return tuple(files)
+
+
+def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int) -> MemoryPlan | Unknown:
+    """About how much one rank needs. Sharded: everything but the block at work and the activations by `ranks`."""
+    if not model.hidden_size or not model.num_layers:
+        return Unknown(f"config.json of {model.model_type} does not name hidden_size and num_hidden_layers")
+    shards = 1 if isinstance(recipe.strategy, Ddp) else ranks
+    width = BYTES[recipe.model.dtype]
+    frozen = model.parameters - model.trainable
+    block = max(_block_sizes(model, recipe), default=0)
+    return MemoryPlan(
+        weights=math.ceil((4 * model.trainable + width * frozen) / shards),
+        gradients=math.ceil(4 * model.trainable / shards),
+        optimizer=math.ceil(8 * model.trainable / shards),
+        gathered=2 * width * block,  # the block at work and the one that is fetched ahead
+        activations=_activations(recipe, model),
+    )
+
+
+def _block_sizes(model: ModelPlan, recipe: Recipe) -> list[int]:
+    """Parameters of each block, or an even share of the model where only an adapter is stored."""
+    if recipe.adapter is not None:
+        return [model.parameters // model.num_layers]
+    sizes: dict[str, int] = {}
+    for spec in model.stored:
+        found = re.match(r".*?\.\d+\.", spec.name)
+        key = found[0] if found else spec.name
+        sizes[key] = sizes.get(key, 0) + num_elements(spec)
+    return list(sizes.values())
+
+
+def _activations(recipe: Recipe, model: ModelPlan) -> int:
+    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
+    scale = BYTES[recipe.model.dtype] // 2
+    per_layer = ACTIVATION_BYTES * scale * tokens * model.hidden_size
+    if recipe.train.activation_checkpointing:
+        return model.num_layers * 2 * scale * tokens * model.hidden_size + per_layer
+    return model.num_layers * per_layer

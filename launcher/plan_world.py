@@ -1,0 +1,112 @@
+"""How many ranks there are, and how a global batch is dealt to them. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..recipes.errors import UserError
+from ..recipes.schema import ClusterConfig, LocalCluster, Train
+from .hardware import Machine
+from .unknown import Unknown
+
+MIN_STREAMS_WANTED = 16
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    """Nodes and ranks. `device` is "cuda" or "cpu"."""
+
+    nodes: int
+    ranks_per_node: int
+    device: str
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole run."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `global_batch_size` sequences become forward passes. Each rank does `accumulation` of them a step;
+    `empty_sequences` of all of them hold nothing, because the batch does not divide."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    ranks: int
+    streams: int
+    empty_sequences: int
+
+    @property
+    def waste(self) -> float:
+        """Share of a step's sequences that is empty, 0..1."""
+        return self.empty_sequences / (self.global_batch_size + self.empty_sequences)
+
+
+def plan_world(cluster: ClusterConfig, machine: Machine) -> WorldPlan | Unknown:
+    """The world a cluster section describes, as seen from `machine`. Raises UserError for more GPUs than there are."""
+    if cluster.gpus_per_node == 0:
+        return _on_cpu(cluster)
+    if isinstance(cluster, LocalCluster):
+        return _local_world(cluster, machine)
+    if cluster.gpus_per_node is None:
+        return Unknown(f"what each node of the Ray cluster at {cluster.address} offers; give cluster.gpus_per_node")
+    return WorldPlan(cluster.nodes, cluster.gpus_per_node, "cuda")
+
+
+def _local_world(cluster: LocalCluster, machine: Machine) -> WorldPlan:
+    if machine.gpus == 0 and cluster.gpus_per_node is None:
+        return _on_cpu(cluster)
+    per_node = machine.gpus // cluster.nodes if cluster.gpus_per_node is None else cluster.gpus_per_node
+    wanted = cluster.nodes * max(1, per_node)
+    if wanted > machine.gpus:
+        raise UserError(
+            f"cluster: {cluster.nodes} x {max(1, per_node)} GPUs are asked for, this machine has {machine.gpus}. "
+            "Ask for fewer (--nodes, --gpus-per-node), or train on the CPU with --gpus-per-node 0."
+        )
+    return WorldPlan(cluster.nodes, per_node, "cuda")
+
+
+def _on_cpu(cluster: ClusterConfig) -> WorldPlan:
+    return WorldPlan(cluster.nodes, cluster.processes_per_node or 1, "cpu")
+
+
+def world_warnings(cluster: ClusterConfig, world: WorldPlan, machine: Machine) -> list[str]:
+    """What is allowed but probably not what a run for real wants."""
+    if not isinstance(cluster, LocalCluster):
+        return []
+    warnings = []
+    if world.nodes > 1:
+        warnings.append(f"{world.nodes} nodes on one machine are logical nodes: good for trying out, not faster")
+    if world.device == "cpu" and world.ranks > machine.cores:
+        warnings.append(
+            f"{world.ranks} ranks share {machine.cores} cores: it will run, more slowly than {machine.cores} ranks"
+        )
+    return warnings
+
+
+def default_streams(global_batch_size: int, ranks: int) -> int:
+    """The largest divisor of the global batch not above max(16, ranks)."""
+    limit = max(MIN_STREAMS_WANTED, ranks)
+    return max(divisor for divisor in range(1, min(limit, global_batch_size) + 1) if global_batch_size % divisor == 0)
+
+
+def plan_batch(train: Train, streams: int | None, ranks: int) -> BatchPlan:
+    """Deal a global batch. Streams go to ranks in turn; ranks beyond the streams share one."""
+    num_streams = streams or default_streams(train.global_batch_size, ranks)
+    per_stream = train.global_batch_size // num_streams
+    if ranks <= num_streams:
+        most = math.ceil(num_streams / ranks) * per_stream
+    else:
+        most = math.ceil(per_stream / (ranks // num_streams))
+    accumulation = math.ceil(most / train.micro_batch_size)
+    return BatchPlan(
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=accumulation,
+        ranks=ranks,
+        streams=num_streams,
+        empty_sequences=accumulation * train.micro_batch_size * ranks - train.global_batch_size,
+    )
