@@ -1,0 +1,199 @@
+"""Rules that span keys and sections, one small function each, and advice that stops nothing.
+
+A rule yields problems keyed by where the user would mend them. It runs only when the sections it reads are valid.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import NamedTuple
+
+from .naming import eval_names, source_names
+from .problems import Problem
+from .schema import Cpt, EvalSplit, Lora, Recipe, Source
+
+_LOW_ADAPTER_RATE = 5e-5
+_HIGH_FULL_RATE = 2e-4
+_DEFAULT_DECAY_RATIO = 0.2
+
+
+class Check(NamedTuple):
+    """A rule and the top-level sections it reads."""
+
+    rule: Callable[[Recipe], Iterator[Problem]]
+    reads: tuple[str, ...]
+
+
+def weights_on_all_or_none(recipe: Recipe) -> Iterator[Problem]:
+    """A source without a weight among weighted ones has no share that could be guessed."""
+    sources = recipe.data.train
+    if all(source.weight is None for source in sources):
+        return
+    for index, source in enumerate(sources):
+        if source.weight is None:
+            yield Problem(
+                f"data.train.{index}", "no weight, while other sources have one", "give every source a weight, or none"
+            )
+
+
+def primary_source(recipe: Recipe) -> Iterator[Problem]:
+    """`primary` and `repeat` say how epochs of weighted sources end; at most one source is primary."""
+    weighted = any(source.weight is not None for source in recipe.data.train)
+    primaries = 0
+    for index, source in enumerate(recipe.data.train):
+        primaries += source.primary
+        for key, is_set in (("primary", source.primary), ("repeat", not source.repeat)):
+            if is_set and not weighted:
+                remedy = "give every source a weight, or leave it out: without weights each is served once per epoch"
+                yield Problem(f"data.train.{index}.{key}", "means something only with weights", remedy)
+        if source.primary and primaries > 1:
+            yield Problem(f"data.train.{index}.primary", "a second primary source", "mark one source only")
+
+
+def one_duration(recipe: Recipe) -> Iterator[Problem]:
+    """Epochs, steps or tokens: the first that is given rules, so a second one is a contradiction."""
+    given = [key for key in ("num_epochs", "max_steps", "max_tokens") if getattr(recipe.train, key) is not None]
+    for key in given[1:]:
+        yield Problem(f"train.{key}", f"a second duration beside {given[0]}", "keep one of them")
+
+
+def one_warmup(recipe: Recipe) -> Iterator[Problem]:
+    """Warm-up is said once."""
+    if recipe.train.warmup_steps is not None and recipe.train.warmup_ratio > 0:
+        yield Problem("train.warmup_steps", "a second warm-up beside warmup_ratio", "keep one of them")
+
+
+def warmup_leaves_room_for_decay(recipe: Recipe) -> Iterator[Problem]:
+    """wsd warms up, stays, then decays: the shares must fit into one run."""
+    train = recipe.train
+    total = train.warmup_ratio + train.decay_ratio
+    if train.lr_scheduler == "wsd" and total > 1:
+        yield Problem("train.decay_ratio", f"warmup_ratio + decay_ratio is {total:g}", "it must not be above 1")
+
+
+def streams_divide_batch(recipe: Recipe) -> Iterator[Problem]:
+    """Every step takes the same number of sequences from every stream."""
+    streams, batch = recipe.data.streams, recipe.train.global_batch_size
+    if streams is not None and batch % streams:
+        divisors = [str(number) for number in range(1, batch + 1) if batch % number == 0]
+        message = f"{streams} streams do not divide train.global_batch_size ({batch})"
+        yield Problem("data.streams", message, f"one of {', '.join(divisors[-8:])}")
+
+
+def micro_batch_within_global(recipe: Recipe) -> Iterator[Problem]:
+    """A forward pass cannot take more sequences than the whole step has."""
+    micro, batch = recipe.train.micro_batch_size, recipe.train.global_batch_size
+    if micro > batch:
+        message = f"{micro} is above global_batch_size ({batch})"
+        yield Problem("train.micro_batch_size", message, "lower it, or raise global_batch_size")
+
+
+def layers_without_adapter(recipe: Recipe) -> Iterator[Problem]:
+    """An adapter freezes the whole base; training some layers as well is another thing."""
+    if recipe.model.train_layers and recipe.adapter is not None:
+        remedy = "leave one out; adapter.modules_to_save trains whole modules beside the adapter"
+        yield Problem("model.train_layers", "not together with an adapter", remedy)
+
+
+def adapter_on_pretrained(recipe: Recipe) -> Iterator[Problem]:
+    """An adapter corrects weights that know something."""
+    if recipe.model.init == "random" and recipe.adapter is not None:
+        remedy = "leave the adapter out, or start from pretrained weights"
+        yield Problem("adapter", "an adapter on a randomly initialised model", remedy)
+
+
+def early_stopping_metric(recipe: Recipe) -> Iterator[Problem]:
+    """The metric must be the loss of an eval set that exists."""
+    stopping = recipe.evaluate.early_stopping
+    if stopping is None:
+        return
+    metrics = [f"{name}/loss" for name in eval_names(recipe.data)]
+    if stopping.metric not in metrics:
+        remedy = f"one of {', '.join(metrics)}" if metrics else "data.eval has no eval set; add one"
+        yield Problem("evaluate.early_stopping.metric", f"no eval set gives {stopping.metric!r}", remedy)
+
+
+def early_stopping_needs_steps(recipe: Recipe) -> Iterator[Problem]:
+    """Without evaluations on the way there is nothing to stop at."""
+    if recipe.evaluate.early_stopping is not None and recipe.evaluate.every_steps is None:
+        remedy = "set evaluate.every_steps"
+        yield Problem("evaluate.early_stopping", "needs evaluations during training", remedy)
+
+
+def evaluation_has_data(recipe: Recipe) -> Iterator[Problem]:
+    """A cadence without anything to evaluate would be ignored."""
+    if recipe.evaluate.every_steps is not None and not eval_names(recipe.data):
+        remedy = "add data.eval (sources, or {fraction: 0.02}), or leave it out"
+        yield Problem("evaluate.every_steps", "there is nothing to evaluate: data.eval is empty", remedy)
+
+
+def names_differ(recipe: Recipe) -> Iterator[Problem]:
+    """Reports and metrics are keyed by source name."""
+    held_out: Sequence[Source] = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
+    for key, sources in (("data.train", recipe.data.train), ("data.eval", held_out)):
+        names = source_names(sources)
+        counts = Counter(names)
+        for index, name in enumerate(names):
+            if counts[name] > 1 and name in names[:index]:
+                yield Problem(f"{key}.{index}.name", f"a second source named {name}", "give it another name")
+
+
+def cpt_reads_text(recipe: Recipe) -> Iterator[Problem]:
+    """Continued pretraining learns raw text; a conversation has no meaning to it."""
+    if not isinstance(recipe.method, Cpt):
+        return
+    held_out: Sequence[Source] = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
+    for key, sources in (("data.train", recipe.data.train), ("data.eval", held_out)):
+        for index, source in enumerate(sources):
+            if source.format not in (None, "text"):
+                message = f"method cpt reads text, not {source.format}"
+                yield Problem(f"{key}.{index}.format", message, "use format: text, or method: {type: sft}")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(weights_on_all_or_none, ("data",)),
+    Check(primary_source, ("data",)),
+    Check(one_duration, ("train",)),
+    Check(one_warmup, ("train",)),
+    Check(warmup_leaves_room_for_decay, ("train",)),
+    Check(streams_divide_batch, ("data", "train")),
+    Check(micro_batch_within_global, ("train",)),
+    Check(layers_without_adapter, ("model", "adapter")),
+    Check(adapter_on_pretrained, ("model", "adapter")),
+    Check(early_stopping_metric, ("evaluate", "data")),
+    Check(early_stopping_needs_steps, ("evaluate",)),
+    Check(evaluation_has_data, ("evaluate", "data")),
+    Check(names_differ, ("data",)),
+    Check(cpt_reads_text, ("method", "data")),
+)
+
+
+def run_checks(recipe: Recipe, broken: Set[str] = frozenset()) -> list[Problem]:
+    """The problems of all rules that read none of the `broken` sections."""
+    return [problem for check in CHECKS if not broken & set(check.reads) for problem in check.rule(recipe)]
+
+
+def advice(recipe: Recipe) -> Iterator[Problem]:
+    """What is allowed and rarely meant."""
+    yield from _learning_rate_advice(recipe)
+    yield from _schedule_advice(recipe)
+
+
+def _learning_rate_advice(recipe: Recipe) -> Iterator[Problem]:
+    rate = recipe.train.learning_rate
+    if isinstance(recipe.adapter, Lora) and rate < _LOW_ADAPTER_RATE:
+        yield Problem("train.learning_rate", f"{rate:g} is low for LoRA", "1e-4 to 2e-4 is usual")
+    if recipe.adapter is None and recipe.model.init == "pretrained" and rate > _HIGH_FULL_RATE:
+        yield Problem("train.learning_rate", f"{rate:g} is high for full fine-tuning", "1e-5 to 5e-5 is usual")
+
+
+def _schedule_advice(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.decay_ratio != _DEFAULT_DECAY_RATIO and train.lr_scheduler != "wsd":
+        yield Problem("train.decay_ratio", f"has no effect with lr_scheduler {train.lr_scheduler}", "only wsd uses it")
+    if train.min_lr_ratio and train.lr_scheduler == "constant":
+        yield Problem("train.min_lr_ratio", "has no effect with lr_scheduler constant", "the rate never falls")
+    if train.warmup_steps and train.max_steps and train.warmup_steps >= train.max_steps:
+        message = f"warm-up ({train.warmup_steps}) lasts as long as the run ({train.max_steps} steps)"
+        yield Problem("train.warmup_steps", message, "the peak learning rate is never reached")

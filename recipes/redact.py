@@ -1,0 +1,61 @@
+"""Recipes as text, and text without secrets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+
+from .scalars import core_value
+from .schema import Recipe
+
+REDACTED = "REDACTED"
+"""What a secret is replaced by; letters only, so that even a run's name stays a name."""
+
+
+def redact(text: str, secrets: Sequence[str]) -> str:
+    """`text` without any of the secret values. Longer ones go first: one secret may contain another."""
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def dump_recipe(recipe: Recipe, secrets: Sequence[str] = ()) -> str:
+    """The whole recipe, defaults included, as YAML that `load.parse_recipe_text` reads back."""
+    stream = io.StringIO()
+    _dumper().dump(_redact_values(recipe.model_dump(mode="json"), secrets), stream)
+    return stream.getvalue()
+
+
+def _redact_values(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _redact_values(item, secrets) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redact_values(item, secrets) for item in value]
+    return redact(value, secrets) if isinstance(value, str) else value
+
+
+class _Representer(SafeRepresenter):
+    """Plain where that cannot be misread, else double quotes."""
+
+
+def _text(representer: _Representer, text: str) -> ScalarNode:
+    plain = text.isascii() and text.isprintable() and core_value(text) == text
+    node: ScalarNode = representer.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+    return node
+
+
+_Representer.add_representer(str, _text)
+
+
+def _dumper() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None, meant as a flag
+    yaml.width = 1_000_000  # one line a value, so that diffs of stored recipes are diffs of values
+    return yaml
