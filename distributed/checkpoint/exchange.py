@@ -1,0 +1,96 @@
+"""Who sends what to whom while a part is written: pure arithmetic on ranges, equal on every rank.
+
+Ranges are (start, stop) element offsets into a flattened tensor.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .fragments import TensorSpec
+from .layout import DTYPES, FileSet, num_elements
+
+Range = tuple[int, int]
+Ranges = tuple[Range, ...]
+
+CHUNK_BYTES = 4 * 2**20
+"""The unit of transport, of writing and of a checksum. With a few in flight a rank needs some 20 MiB besides what
+it holds; a sampled read-back of 16 MiB still sees several."""
+
+
+class Segment(NamedTuple):
+    """Elements [start, stop) of a tensor come from `rank`."""
+
+    start: int
+    stop: int
+    rank: int
+
+
+def cover(held: Sequence[Ranges], numel: int, owner: int) -> list[Segment]:
+    """Choose one rank for each element, ascending: the owner itself where it can, then the next ranks after it, so
+    that replicas of different owners share the work. Raises ValueError for elements that nobody holds."""
+    gaps: list[Range] = [(0, numel)] if numel else []
+    segments: list[Segment] = []
+    for step in range(len(held)):
+        if not gaps:
+            break
+        rank = (owner + step) % len(held)
+        if held[rank]:
+            taken = [piece for gap in gaps for piece in intersect(held[rank], *gap)]
+            segments.extend(Segment(start, stop, rank) for start, stop in taken)
+            gaps = [rest for gap in gaps for rest in _without(gap, taken)]
+    if gaps:
+        raise ValueError(f"no rank holds elements {gaps[0][0]} to {gaps[0][1]}")
+    return sorted(segments)
+
+
+def intersect(ranges: Sequence[Range], start: int, stop: int) -> Iterator[Range]:
+    """The parts of ascending, disjoint `ranges` that lie in [start, stop)."""
+    first = max(0, bisect_right(ranges, (start, start)) - 1)
+    for low, high in ranges[first:]:
+        if low >= stop:
+            return
+        if max(low, start) < min(high, stop):
+            yield max(low, start), min(high, stop)
+
+
+def _without(gap: Range, taken: Sequence[Range]) -> Iterator[Range]:
+    position, end = gap
+    for low, high in taken:
+        if low >= end or high <= gap[0]:
+            continue
+        if position < low:
+            yield position, low
+        position = high
+    if position < end:
+        yield position, end
+
+
+def chunks(spec: TensorSpec, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Range]:
+    """A tensor in pieces of at most `chunk_bytes`; none for an empty tensor."""
+    numel = num_elements(spec)
+    step = max(1, chunk_bytes // DTYPES[spec.dtype].itemsize)
+    return ((start, min(start + step, numel)) for start in range(0, numel, step))
+
+
+def clip(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
+    """The segments, which tile a tensor, cut to [start, stop)."""
+    first = bisect_right(segments, start, key=lambda segment: segment.start) - 1
+    clipped = []
+    for low, high, rank in segments[first:]:
+        if low >= stop:
+            break
+        clipped.append(Segment(max(low, start), min(high, stop), rank))
+    return clipped
+
+
+def deal_owners(files: FileSet, size: int) -> dict[str, int]:
+    """File name -> the rank that writes it: each file in turn goes to the rank with the fewest bytes so far."""
+    load = [0] * size
+    owners = {}
+    for file in files.files:
+        owners[file.name] = rank = load.index(min(load))
+        load[rank] += file.size
+    return owners

@@ -1,0 +1,99 @@
+"""MANIFEST.json: what a checkpoint's directory holds, with a checksum per span of every file."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...recipes.errors import UserError
+from .. import storage
+
+MANIFEST_NAME = "MANIFEST.json"
+FORMAT = 1
+"""Version of the manifest and of the directory's layout; a reader refuses a newer one."""
+
+
+class Span(NamedTuple):
+    """Bytes [offset, offset + length) of a file and their CRC-32 (zlib's)."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file, by its path in the checkpoint's directory. The spans are ascending and cover it whole."""
+
+    path: str
+    size: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All files of a checkpoint but the manifest itself."""
+
+    step: int
+    attempt: int
+    files: tuple[FileRecord, ...]
+
+    def to_bytes(self) -> bytes:
+        """As it is stored."""
+        files = {file.path: {"size": file.size, "spans": file.spans} for file in self.files}
+        content = {"format": FORMAT, "step": self.step, "attempt": self.attempt, "files": files}
+        return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def record_bytes(path: str, data: bytes) -> FileRecord:
+    """The record of a small file that was written at once."""
+    spans = (Span(0, len(data), zlib.crc32(data)),) if data else ()
+    return FileRecord(path, len(data), spans)
+
+
+def read_manifest(directory: str) -> Manifest:
+    """The manifest of a checkpoint's directory. Raises UserError if it is missing, broken, or of a newer format."""
+    url = storage.join(directory, MANIFEST_NAME)
+    if not storage.exists(url):
+        raise UserError(f"{directory} is no checkpoint: it has no {MANIFEST_NAME}.")
+    try:
+        content = json.loads(storage.read_bytes(url))
+        if content["format"] > FORMAT:
+            raise UserError(
+                f"{url} has format {content['format']}, this ftlaunch reads up to {FORMAT}: update ftlaunch."
+            )
+        files = tuple(
+            FileRecord(path, file["size"], tuple(Span(*span) for span in file["spans"]))
+            for path, file in content["files"].items()
+        )
+        return Manifest(content["step"], content["attempt"], files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{url} is broken ({error!r}): use another checkpoint of the run.") from error
+
+
+def span_problems(directory: str, file: FileRecord, spans: tuple[Span, ...]) -> Iterator[str]:
+    """Read `spans` of a file again and compare; neighbouring spans come in one ranged read each."""
+    url = storage.join(directory, file.path)
+    for run in _neighbours(spans):
+        start, stop = run[0].offset, run[-1].offset + run[-1].length
+        data = memoryview(storage.read_range(url, start, stop))
+        for span in run:
+            found = zlib.crc32(data[span.offset - start : span.offset - start + span.length])
+            if len(data) < span.offset - start + span.length or found != span.crc32:
+                yield f"{url}: bytes {span.offset} to {span.offset + span.length} are not what was written"
+
+
+def _neighbours(spans: tuple[Span, ...], limit_bytes: int = 16 * 2**20) -> Iterator[list[Span]]:
+    run: list[Span] = []
+    for span in spans:
+        if run and (
+            span.offset != run[-1].offset + run[-1].length or span.offset + span.length - run[0].offset > limit_bytes
+        ):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run

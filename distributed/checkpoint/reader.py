@@ -1,0 +1,82 @@
+"""Read stored tensors by range: a part of a checkpoint, or a plain model folder in Hugging Face's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .. import storage
+from .exchange import Range
+from .fragments import TensorSpec
+from .layout import DTYPES, StoredTensor, num_elements, open_folder
+
+READ_BYTES = 16 * 2**20
+"""Bytes of one ranged read; a larger range comes as several, side by side."""
+
+READS_AT_ONCE = 4
+
+
+class CheckpointReader:
+    """A `FragmentReader` of part `stem` in folder `url`. Opening reads the headers of all files, and nothing else.
+
+    Raises UserError when the folder has no such safetensors files, or broken ones.
+    """
+
+    def __init__(self, url: str, stem: str = "model") -> None:
+        self.url = url
+        self.files = open_folder(url, stem)
+
+    def names(self) -> Sequence[str]:
+        """Names of the stored tensors, in file order."""
+        return list(self.files.places)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a stored tensor. Raises KeyError."""
+        return self.files.places[name][1].spec
+
+    def read(self, name: str, ranges: Sequence[Range]) -> torch.Tensor:
+        """The elements of these ranges, one after the other, as a flat host tensor in the stored dtype."""
+        file, place = self.files.places[name]
+        dtype = DTYPES[place.spec.dtype]
+        size = sum(stop - start for start, stop in ranges) * dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8)
+        url = storage.join(self.url, file.name)
+        reads = _reads(place, ranges, dtype.itemsize)
+
+        def fill(target: int, start: int, stop: int) -> None:
+            part = storage.read_range(url, start, stop)
+            data[target : target + stop - start] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+
+        if len(reads) < 2:
+            for read in reads:
+                fill(*read)
+        else:
+            with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+                list(pool.map(fill, *zip(*reads, strict=True)))
+        return data.view(getattr(torch, dtype.torch_name))
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor in its shape."""
+        spec = self.spec(name)
+        return self.read(name, [(0, num_elements(spec))]).reshape(spec.shape)
+
+
+def _reads(place: StoredTensor, ranges: Sequence[Range], itemsize: int) -> list[tuple[int, int, int]]:
+    """(place in the result, first byte, end) of each ranged read; ranges that touch are read as one."""
+    joined: list[Range] = []
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= num_elements(place.spec):
+            raise ValueError(f"elements {start} to {stop} are not in {place.spec.name} of shape {place.spec.shape}")
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif start < stop:
+            joined.append((start, stop))
+    reads, target = [], 0
+    for start, stop in joined:
+        end = place.start + stop * itemsize
+        for first in range(place.start + start * itemsize, end, READ_BYTES):
+            reads.append((target, first, min(first + READ_BYTES, end)))
+            target += min(first + READ_BYTES, end) - first
+    return reads

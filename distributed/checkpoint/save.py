@@ -1,0 +1,158 @@
+"""Save a checkpoint: its parts, its small files, its manifest; read a sample of it back; commit it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from ...recipes.errors import InfrastructureError
+from .. import storage
+from .commit import CommitRecord, commit, directory_name, read_commit
+from .layout import MAX_FILE_BYTES
+from .manifest import MANIFEST_NAME, FileRecord, Manifest, record_bytes
+from .peers import Peers
+from .verify import SAMPLE_BYTES, sample_problems, size_problems
+from .writer import PartPlan, Source, plan_part, save_part
+
+ROOT_STEMS = frozenset({"model", "adapter_model"})
+"""Parts that `from_pretrained` reads; all others lie in training/."""
+
+STATE_PATH = "training/state.json"
+
+
+def folder_of(directory: str, stem: str) -> str:
+    """The folder of a part within a checkpoint's directory."""
+    return directory if stem in ROOT_STEMS else storage.join(directory, "training")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one checkpoint holds.
+
+    `parts`: stem ("model" or "adapter_model", "master", "exp_avg", ...) -> its fragments. `extra_files`: path ->
+    content, for rank 0 to write (config.json, tokenizer). `state`: what resuming needs besides tensors, as JSON;
+    the same on every rank. `frozen`: names of tensors that did not change since the run began.
+    """
+
+    parts: Mapping[str, Source]
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    recipe_digest: str = ""
+    frozen: Collection[str] = ()
+
+
+@dataclass
+class CheckpointWriter:
+    """Saves the checkpoints of one attempt of a run. Every method is collective over `peers`.
+
+    `announce(kind, **fields)` is called on rank 0 only. What ranks hold is asked for once and kept for later saves,
+    so a part must keep its tensors and ranges from save to save.
+    """
+
+    run_url: str
+    attempt: int
+    announce: Callable[..., None]
+    peers: Peers = field(default_factory=Peers)
+    max_file_bytes: int = MAX_FILE_BYTES
+    sample_bytes: int = SAMPLE_BYTES
+    _plans: dict[str, PartPlan] = field(default_factory=dict)
+
+    def save(self, step: int, content: Content) -> CommitRecord:
+        """Write, verify and commit the checkpoint of `step`; returns the record that counts.
+
+        A step that is committed already stays as it is. Every rank raises if one fails, and then nothing is
+        committed: UserError or InfrastructureError, or on the failing rank what went wrong there.
+        """
+        existing = self._begin(step)
+        if existing is not None:
+            return existing
+        directory = storage.join(self.run_url, directory_name(step, self.attempt))
+        records = [record for stem in content.parts for record in self._save_part(directory, stem, content)]
+        records += self._save_small_files(directory, content)
+        everyone = self.peers.gather(records)
+        files = sorted((record for ranks in everyone for record in ranks), key=lambda record: record.path)
+        manifest = Manifest(step, self.attempt, tuple(files))
+        self._save_manifest(directory, manifest)
+        self._verify(directory, manifest)
+        return self._commit(step, content, manifest)
+
+    def _begin(self, step: int) -> CommitRecord | None:
+        """An existing commit of the step; else what an earlier try of this very attempt left is cleared away."""
+        existing: CommitRecord | None = None
+        with self.peers.together("looking for earlier commits"):
+            if self.peers.rank == 0:
+                existing = read_commit(self.run_url, step)
+                if existing is None:
+                    storage.delete_tree(storage.join(self.run_url, directory_name(step, self.attempt)))
+        existing = self.peers.broadcast(existing)
+        if existing is not None and self.peers.rank == 0:
+            self.announce("checkpoint_kept", step=step, directory=existing.directory, attempt_kept=existing.attempt)
+        return existing
+
+    def _save_part(self, directory: str, stem: str, content: Content) -> list[FileRecord]:
+        source = content.parts[stem]
+        if stem not in self._plans:
+            self._plans[stem] = plan_part(
+                source, stem, self.peers, max_file_bytes=self.max_file_bytes, frozen=content.frozen
+            )
+        plan = self._plans[stem]
+        folder = folder_of(directory, stem)
+        records = save_part(source, folder, plan, self.peers)
+        prefix = "" if stem in ROOT_STEMS else "training/"
+        return [replace(record, path=prefix + record.path) for record in records]
+
+    def _save_small_files(self, directory: str, content: Content) -> list[FileRecord]:
+        """Indexes, state and extra files, from rank 0."""
+        records = []
+        with self.peers.together("writing the small files"):
+            if self.peers.rank == 0:
+                small = dict(content.extra_files)
+                small[STATE_PATH] = json.dumps(content.state, ensure_ascii=False).encode() + b"\n"
+                for stem in content.parts:
+                    files = self._plans[stem].files
+                    if (index := files.index()) is not None:
+                        small[files.index_name if stem in ROOT_STEMS else f"training/{files.index_name}"] = index
+                for path, data in small.items():
+                    storage.write_bytes(storage.join(directory, path), data)
+                    records.append(record_bytes(path, data))
+        return records
+
+    def _save_manifest(self, directory: str, manifest: Manifest) -> None:
+        with self.peers.together("writing the manifest"):
+            if self.peers.rank == 0:
+                url = storage.join(directory, MANIFEST_NAME)
+                storage.write_bytes(url, manifest.to_bytes())
+                if storage.read_bytes(url) != manifest.to_bytes():
+                    raise InfrastructureError(f"{url} does not read back as it was written")
+
+    def _verify(self, directory: str, manifest: Manifest) -> None:
+        """Ranks look at different files' sizes and at different samples of the spans."""
+        with self.peers.together("reading the checkpoint back"):
+            problems = list(size_problems(directory, manifest.files[self.peers.rank :: self.peers.size]))
+            seed = f"{directory} {self.peers.rank}"
+            problems += sample_problems(directory, manifest, seed=seed, max_bytes=self.sample_bytes)
+            if problems:
+                raise InfrastructureError("the checkpoint does not read back as written: " + "; ".join(problems))
+
+    def _commit(self, step: int, content: Content, manifest: Manifest) -> CommitRecord:
+        created_at = datetime.now(UTC).isoformat(timespec="seconds")
+        name = directory_name(step, self.attempt)
+        ours = CommitRecord(step, self.attempt, name, created_at, dict(content.metrics), content.recipe_digest)
+        counts = ours
+        with self.peers.together("committing"):
+            if self.peers.rank == 0:
+                counts = commit(self.run_url, ours)
+                self._announce_commit(ours, counts, manifest)
+        return self.peers.broadcast(counts)  # type: ignore[no-any-return]
+
+    def _announce_commit(self, ours: CommitRecord, counts: CommitRecord, manifest: Manifest) -> None:
+        if counts.directory == ours.directory:
+            size = sum(file.size for file in manifest.files)
+            self.announce("checkpoint_committed", step=ours.step, directory=ours.directory, bytes=size)
+        else:
+            kept = {"directory": counts.directory, "attempt_kept": counts.attempt}
+            self.announce("checkpoint_kept", step=ours.step, **kept)

@@ -1,0 +1,271 @@
+"""The run directory: the whole database of a run, on any fsspec URL.
+
+recipe.yaml  recipe.aN.yaml  environment.json  facts.json  events.jsonl  metrics.jsonl  result.json
+attempts/aN.json  aN.heartbeat  aN.end.json
+commits/  step-000200.a1/        see checkpoint/commit.py
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any, Literal
+
+import psutil
+
+from ..recipes.errors import UserError
+from . import storage
+from .checkpoint.commit import COMMITS, directory_name
+from .storage import LineLog
+
+HEARTBEAT_EVERY_S = 15.0
+"""An object store is written to at most this often."""
+
+HEARTBEAT_DEAD_S = 120.0
+"""A heartbeat from another host that is older than this belongs to a dead attempt; eight missed beats."""
+
+MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", COMMITS})
+"""One of these makes a folder a run of ours."""
+
+Status = Literal["new", "unfinished", "finished", "alive"]
+Outcome = Literal["finished", "failed", "interrupted"]
+Now = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, told from a later one with the same pid by when it started (seconds since 1970)."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def this(cls) -> Process:
+        """The running process."""
+        process = psutil.Process()
+        return cls(socket.gethostname(), process.pid, process.create_time())
+
+    def is_here(self) -> bool:
+        """True if it is of this host, where it can be looked up."""
+        return self.host == socket.gethostname()
+
+    def exists(self) -> bool:
+        """True while it runs on this host. Start times are read to a hundredth of a second and follow the clock."""
+        try:
+            found = psutil.Process(self.pid)
+            same: bool = abs(found.create_time() - self.started) < 2
+            return same and bool(found.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True)
+class AttemptInfo:
+    """One start of a run. `started_at`: ISO 8601 in UTC."""
+
+    number: int
+    process: Process
+    started_at: str
+    world_size: int
+    command: tuple[str, ...]
+
+
+class EventLog:
+    """events.jsonl: what happened, when, in which attempt. One writer: rank 0."""
+
+    def __init__(self, url: str, attempt: int, now: Now = utc_now) -> None:
+        self._log = LineLog(url)
+        self._attempt = attempt
+        self._now = now
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Add an event, and bring it to storage at once: events are rare, and the last one is often the reason."""
+        time = self._now().isoformat(timespec="milliseconds")
+        self._log.append({"time": time, "attempt": self._attempt, "event": kind, **fields})
+        self._log.flush()
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+        self._log.close()
+
+
+class RunDirectory:
+    """The files of a run below `url`, but for its checkpoints. `now` is injected so that tests need no time."""
+
+    def __init__(self, url: str, now: Now = utc_now) -> None:
+        self.url = url.rstrip("/")
+        self._now = now
+        self._last_beat: datetime | None = None
+
+    def path(self, *parts: str) -> str:
+        """The URL of something in the directory."""
+        return storage.join(self.url, *parts)
+
+    def step_directory(self, step: int, attempt: int) -> str:
+        """Where an attempt writes the checkpoint of a step."""
+        return self.path(directory_name(step, attempt))
+
+    def check(self) -> None:
+        """Raises UserError if this place cannot be written, or holds something that is no run."""
+        names = storage.list_names(self.url)
+        if names and not MARKERS & set(names):
+            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise UserError(
+                f"{self.url} exists and is no run: it holds {listed}. Set another name or checkpoint.path, or empty it."
+            )
+        storage.check_writable(self.url)
+
+    def status(self) -> Status:
+        """Where the run stands."""
+        if self.live_attempt() is not None:
+            return "alive"
+        if self.read_result() is not None:
+            return "finished"
+        return "unfinished" if MARKERS & set(storage.list_names(self.url)) else "new"
+
+    # --- attempts ---------------------------------------------------------------------------------------------------
+
+    def claim_attempt(self, *, world_size: int, command: Sequence[str], process: Process | None = None) -> int:
+        """Register a start of the run under the next free number, which is returned. Of several that claim at once,
+        each gets its own."""
+        process = process or Process.this()
+        number = max(self._attempt_numbers(), default=0) + 1
+        while True:
+            info = AttemptInfo(number, process, self._now().isoformat(timespec="seconds"), world_size, tuple(command))
+            url = self.path("attempts", f"a{number}.json")
+            data = _to_json(asdict(info))
+            # An answer that got lost may hide our own success, so what is stored decides.
+            if storage.create_exclusive(url, data) or storage.read_bytes(url) == data:
+                return number
+            number += 1
+
+    def heartbeat(self, attempt: int, step: int) -> None:
+        """Say that the attempt lives; to be called often, written at most every `HEARTBEAT_EVERY_S`."""
+        now = self._now()
+        if self._last_beat is None or (now - self._last_beat).total_seconds() >= HEARTBEAT_EVERY_S:
+            beat = {"at": now.isoformat(), "step": step}
+            storage.write_bytes(self.path("attempts", f"a{attempt}.heartbeat"), _to_json(beat))
+            self._last_beat = now
+
+    def finish_attempt(self, attempt: int, outcome: Outcome, message: str = "") -> None:
+        """Register how an attempt ended; the first word counts."""
+        end = {"outcome": outcome, "message": message, "ended_at": self._now().isoformat(timespec="seconds")}
+        storage.create_exclusive(self.path("attempts", f"a{attempt}.end.json"), _to_json(end))
+
+    def attempts(self) -> list[AttemptInfo]:
+        """All attempts, oldest first."""
+        return [self._attempt(number) for number in self._attempt_numbers()]
+
+    def live_attempts(self) -> list[AttemptInfo]:
+        """Attempts without an end that still run, newest first."""
+        names = set(storage.list_names(self.path("attempts")))
+        open_ends = [number for number in self._attempt_numbers() if f"a{number}.end.json" not in names]
+        return [attempt for attempt in map(self._attempt, reversed(open_ends)) if self._is_alive(attempt)]
+
+    def live_attempt(self) -> AttemptInfo | None:
+        """The newest attempt that still runs."""
+        return next(iter(self.live_attempts()), None)
+
+    def _attempt_numbers(self) -> list[int]:
+        names = storage.list_names(self.path("attempts"))
+        return sorted(int(match[1]) for match in (re.fullmatch(r"a(\d+)\.json", name) for name in names) if match)
+
+    def _attempt(self, number: int) -> AttemptInfo:
+        stored = json.loads(storage.read_bytes(self.path("attempts", f"a{number}.json")))
+        return AttemptInfo(**{**stored, "process": Process(**stored["process"]), "command": tuple(stored["command"])})
+
+    def _is_alive(self, attempt: AttemptInfo) -> bool:
+        if attempt.process.is_here():
+            return attempt.process.exists()
+        beat = _read_json(self.path("attempts", f"a{attempt.number}.heartbeat"))
+        last = datetime.fromisoformat(attempt.started_at if beat is None else beat["at"])
+        return (self._now() - last).total_seconds() < HEARTBEAT_DEAD_S
+
+    # --- recipe, facts, result --------------------------------------------------------------------------------------
+
+    def store_recipe(self, text: str) -> None:
+        """Keep the recipe (redacted by the caller) of the run's first start; a later call changes nothing."""
+        storage.create_exclusive(self.path("recipe.yaml"), text.encode())
+
+    def replace_recipe(self, text: str, attempt: int) -> None:
+        """The user accepted changes, which `attempt` is first to use: the old recipe stays as recipe.aN.yaml."""
+        old = self.read_recipe()
+        if old is not None:
+            storage.create_exclusive(self.path(f"recipe.a{attempt}.yaml"), old.encode())
+        storage.write_bytes(self.path("recipe.yaml"), text.encode())
+
+    def read_recipe(self) -> str | None:
+        """The stored recipe; None before the first start."""
+        url = self.path("recipe.yaml")
+        return storage.read_bytes(url).decode() if storage.exists(url) else None
+
+    def record_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Fix what the first start decides for good (streams, seed, format version); returns what is fixed."""
+        storage.create_exclusive(self.path("facts.json"), _to_json(facts))
+        return self.read_facts() or dict(facts)
+
+    def read_facts(self) -> dict[str, Any] | None:
+        """What the first start fixed; None before it."""
+        return _read_json(self.path("facts.json"))
+
+    def write_environment(self) -> None:
+        """Keep the environment of the newest attempt."""
+        storage.write_bytes(self.path("environment.json"), _to_json(describe_environment()))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """The run is finished: keep its summary. A run that was extended writes it again."""
+        storage.write_bytes(self.path("result.json"), _to_json(result))
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None if it is not finished."""
+        return _read_json(self.path("result.json"))
+
+    # --- logs -------------------------------------------------------------------------------------------------------
+
+    def open_events(self, attempt: int) -> EventLog:
+        """The event log, for rank 0."""
+        return EventLog(self.path("events.jsonl"), attempt, self._now)
+
+    @cached_property
+    def metrics(self) -> LineLog:
+        """The metrics log, for rank 0; opened at first use."""
+        return LineLog(self.path("metrics.jsonl"))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Python, platform and the versions of all installed packages; imports none of them."""
+    found = ((dist.metadata["Name"], dist.version) for dist in importlib.metadata.distributions())
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "packages": {name: version for name, version in sorted(found) if name},
+    }
+
+
+def _to_json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def _read_json(url: str) -> dict[str, Any] | None:
+    """None if there is no such file. Raises UserError for one that is broken."""
+    if not storage.exists(url):
+        return None
+    try:
+        return dict(json.loads(storage.read_bytes(url)))
+    except ValueError as error:
+        raise UserError(f"{url} is broken ({error}). Begin a new run with --fresh, or restore the file.") from error
