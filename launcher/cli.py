@@ -86,7 +86,8 @@ def run(
     accept_changes
         Continue although numbers that shape the training were changed.
     """
-    from .start import Flags, start
+    from .runs import Flags
+    from .start import start
 
     return start(_load(recipe, overrides, place), Flags(fresh=fresh, accept_changes=accept_changes))
 

@@ -23,7 +23,6 @@ class Record:
     """One run. `steps` and `evaluations` are ascending by step, each step once; `data` has the latest counters of
     each source; `attempts` counts how often the run was started."""
 
-    recipe: Mapping[str, Any]
     environment: Mapping[str, Any]
     steps: tuple[Line, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
@@ -53,9 +52,7 @@ def parse_lines(text: str) -> list[Line]:
     return lines
 
 
-def make_record(
-    metrics: Iterable[Line], events: Iterable[Line], recipe: Mapping[str, Any], environment: Mapping[str, Any]
-) -> Record:
+def make_record(metrics: Iterable[Line], events: Iterable[Line], environment: Mapping[str, Any]) -> Record:
     """Put a run's lines in order. After a resume a step can occur twice: the later attempt counts, and what an
     earlier attempt did beyond the point of resuming is left out."""
     lines = list(metrics)
@@ -63,7 +60,6 @@ def make_record(
     data_lines = sorted((line for line in lines if line["kind"] == "data"), key=_place)
     evaluations = _latest(counted, "evaluation")
     return Record(
-        recipe=recipe,
         environment=environment,
         steps=tuple(_latest(counted, "step")),
         evaluations=tuple(Evaluation(int(line["step"]), line["losses"]) for line in evaluations),

@@ -139,6 +139,6 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _event(event: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(time, kind, the rest) of an event line."""
-    rest = {key: value for key, value in event.items() if key not in ("time", "kind")}
-    return str(event.get("time", "")), str(event.get("kind", "")), "  ".join(f"{k}={v}" for k, v in flatten(rest))
+    """(time, event, the rest) of an event line."""
+    rest = {key: value for key, value in event.items() if key not in ("time", "event")}
+    return str(event["time"]), str(event["event"]), "  ".join(f"{k}={v}" for k, v in flatten(rest))

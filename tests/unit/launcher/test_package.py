@@ -21,7 +21,7 @@ def test_another_python_imports_the_package_from_the_archive(tmp_path):
         "assert ftlaunch.__file__.startswith(sys.argv[1]), ftlaunch.__file__\n"
         "from ftlaunch.launcher.report import render_report\n"
         "from ftlaunch.launcher.record import make_record\n"
-        "print(render_report(make_record([], [], {}, {}), name='x', state='', recipe_text=''))"
+        "print(render_report(make_record([], [], {}), name='x', state='', recipe_text=''))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(archive)], cwd=tmp_path, capture_output=True, text=True, check=False

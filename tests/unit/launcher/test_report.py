@@ -36,7 +36,7 @@ def evaluation(number: int, loss: float, attempt: int = 1) -> dict[str, object]:
 
 
 def record(*lines: dict[str, object], events: tuple[dict[str, object], ...] = ()) -> Record:
-    return make_record(lines, events, {}, {"torch": "2.13", "world": {"size": 2}})
+    return make_record(lines, events, {"torch": "2.13", "world": {"size": 2}})
 
 
 SOURCE = {"rows": 90, "tokens": 3000, "supervised": 1000, "rejected": {"empty_answer": 7}, "truncated": 2, "split": 0}
@@ -77,7 +77,7 @@ def page(of: Record) -> str:
 
 def test_the_page_holds_everything_and_nothing_from_outside():
     data = {"kind": "data", "step": 2, "attempt": 1, "sources": {"tickets": SOURCE}}
-    events = ({"time": "2026-01-01T00:00:00Z", "kind": "checkpoint", "step": 2},)
+    events = ({"time": "2026-01-01T00:00:00Z", "event": "checkpoint", "step": 2},)
     html = page(record(evaluation(0, 4.0), step(1), step(2), evaluation(2, 2.0), data, events=events))
     wanted = [
         "-50.0%",
@@ -96,9 +96,9 @@ def test_texts_from_data_and_recipe_cannot_become_markup():
     evil = "<script>alert(1)</script>"
     data = {"kind": "data", "step": 1, "attempt": 1, "sources": {evil: {**SOURCE, "rejected": {evil: 1}}}}
     losses = {"kind": "evaluation", "step": 1, "attempt": 1, "losses": {f'"{evil}': 1.0}}
-    events = ({"time": evil, "kind": evil, "text": evil},)
+    events = ({"time": evil, "event": evil, "text": evil},)
     html = render_report(
-        make_record([step(1), data, losses], events, {}, {evil: evil}), name=evil, state=evil, recipe_text=evil
+        make_record([step(1), data, losses], events, {evil: evil}), name=evil, state=evil, recipe_text=evil
     )
     assert evil not in html
     assert html.count("<script>") == 1

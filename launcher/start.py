@@ -1,0 +1,90 @@
+"""`ftlaunch recipe.yaml`: see what is there, decide, hand over to the supervisor, and sum up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from ..distributed import storage
+from ..distributed.checkpoint.commit import latest
+from ..distributed.run_directory import RunDirectory
+from ..recipes.errors import UserError
+from ..recipes.load import LoadedRecipe
+from ..recipes.schema import LocalCluster
+from .hardware import this_machine
+from .history import read_record, write_report
+from .plan_world import plan_world, world_warnings
+from .runs import DEFAULT_RUNS, Decision, Flags, as_stored, decide, fresh_name, gather
+from .summary import show_summary, summarise
+from .unknown import Unknown
+
+
+def start(loaded: LoadedRecipe, flags: Flags) -> int:
+    """Run a recipe as "Running it again" has it; returns the exit code."""
+    console = Console()
+    _warn(console, loaded)
+    loaded = _renamed(loaded) if flags.fresh else loaded
+    run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
+    decision = decide(gather(run, lambda line: _say(console, line, "yellow")), as_stored(loaded), flags)
+    if decision.action in ("stop", "alive"):
+        raise UserError(decision.message)
+    _announce(console, decision)
+    if not decision.trains:
+        sum_up(run, console)
+        return 0
+    run.check()
+    return _train(loaded, run, decision, console)
+
+
+def _train(loaded: LoadedRecipe, run: RunDirectory, decision: Decision, console: Console) -> int:
+    from .supervisor import run_local
+
+    code = run_local(loaded, run.url, console)
+    if code == 0:
+        sum_up(run, console)
+    return code
+
+
+def _renamed(loaded: LoadedRecipe) -> LoadedRecipe:
+    taken = set(storage.list_names(loaded.recipe.checkpoint.path))
+    name = fresh_name(loaded.recipe.name, taken)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"name": name}))
+
+
+def _warn(console: Console, loaded: LoadedRecipe) -> None:
+    """Advice about the recipe and the machine. Raises UserError for more GPUs than there are."""
+    cluster, machine = loaded.recipe.cluster, this_machine()
+    world = plan_world(cluster, machine) if isinstance(cluster, LocalCluster) else Unknown("asked of the cluster")
+    warnings = [] if isinstance(world, Unknown) else world_warnings(cluster, world, machine)
+    for warning in [*loaded.warnings, *warnings]:
+        _say(console, f"warning: {warning}", "yellow")
+
+
+def _announce(console: Console, decision: Decision) -> None:
+    _say(console, decision.message, "bold")
+    for change in decision.changes:
+        _say(console, f"  changed: {change}", "")
+
+
+def _say(console: Console, line: str, style: str) -> None:
+    console.print(Text(line, style=style), soft_wrap=True, highlight=False)
+
+
+def sum_up(run: RunDirectory, console: Console) -> None:
+    """Write report.html and print the summary of a run that has ended."""
+    report = write_report(run, run.status())
+    commit = latest(run.url, lambda line: _say(console, line, "yellow"))
+    checkpoint = storage.join(run.url, commit.directory) if commit else ""
+    show_summary(summarise(read_record(run), run=short_name(run.url), checkpoint=checkpoint, report=report), console)
+
+
+def short_name(url: str) -> str:
+    """What the user may call a run: its bare name if it lies under ./runs, otherwise its URL."""
+    if storage.is_local(url):
+        path = storage.local_path(url).absolute()
+        if path.parent == Path.cwd() / DEFAULT_RUNS:
+            return path.name
+    return url

@@ -1,0 +1,94 @@
+"""What is said at the end of a run: where the model lies, what it learned, and what to do with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..distributed import storage
+from . import units
+from .record import Record, before_and_after
+from .report import change
+
+USE_LOCAL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`checkpoint` is the URL of the newest one (empty: none), `losses` name -> (before, after), `run` what the user
+    calls the run."""
+
+    run: str
+    checkpoint: str
+    step: int
+    losses: dict[str, tuple[float, float]]
+    tokens: int
+    step_time_s: float
+    report: str
+
+
+def summarise(record: Record, *, run: str, checkpoint: str, report: str) -> Summary:
+    """The summary of a record."""
+    return Summary(
+        run=run,
+        checkpoint=checkpoint,
+        step=int(record.steps[-1]["step"]) if record.steps else 0,
+        losses=before_and_after(record),
+        tokens=record.tokens,
+        step_time_s=record.step_time_s,
+        report=report,
+    )
+
+
+def render_summary(summary: Summary) -> RenderableType:
+    """The summary for a terminal."""
+    parts: list[RenderableType] = [_figures(summary)]
+    if summary.losses:
+        parts += [Text(), _losses(summary)]
+    if summary.checkpoint:
+        parts += [Text(), _next_commands(summary)]
+    return Group(*parts)
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    """Print it; long paths are not wrapped, so that they can be copied."""
+    console.print(render_summary(summary), soft_wrap=True, highlight=False)
+
+
+def _figures(summary: Summary) -> Text:
+    speed = f", {units.count(summary.tokens / summary.step_time_s)} tokens/s" if summary.step_time_s else ""
+    lines = [
+        ("trained   ", f"{summary.step} steps, {units.count(summary.tokens)} tokens, {_time(summary)}{speed}"),
+        ("checkpoint", summary.checkpoint or "none was saved"),
+        ("report    ", summary.report),
+    ]
+    return Text("\n").join(Text(f"{label}  ", style="dim") + Text(value) for label, value in lines)
+
+
+def _time(summary: Summary) -> str:
+    return f"{units.duration(summary.step_time_s)} in steps"
+
+
+def _losses(summary: Summary) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("held-out loss")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    for name, (before, after) in summary.losses.items():
+        table.add_row(Text(name), f"{before:.4f}", f"{after:.4f}", change(before, after))
+    return table
+
+
+def _next_commands(summary: Summary) -> Text:
+    lines = [f'ftlaunch generate {summary.run} "your prompt"']
+    if storage.is_local(summary.checkpoint):
+        lines += USE_LOCAL.format(place=summary.checkpoint).splitlines()
+    else:
+        lines += [f"ftlaunch pull {summary.run} DIR", *USE_LOCAL.format(place="DIR").splitlines()]
+    return Text("\n").join([Text("next", style="dim"), *(Text(f"  {line}") for line in lines)])
