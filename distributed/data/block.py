@@ -1,0 +1,52 @@
+"""What a file format gives: blocks of rows that are read whole and decoded row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..storage import FileInfo
+from .order import Int64s
+
+UNKNOWN_ROWS = -1
+"""Row count of a block that is known only once it is read."""
+
+
+class BlockAddress(NamedTuple):
+    """One block of one file: bytes [start, start + nbytes) for byte ranges, the `number`-th row group else."""
+
+    file: FileInfo
+    number: int
+    start: int
+    nbytes: int
+    columns: tuple[str, ...] | None
+    """File columns that are needed; formats that can, read only those. None: all."""
+
+
+class Block(Protocol):
+    """Decoded enough that any row is quickly at hand."""
+
+    num_rows: int
+    memory_bytes: int
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A row with the file's column names. Raises UserError (file, line, excerpt) for a broken one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a file holds, found without reading its rows. Arrays are [blocks]; `columns` None: no rows to tell from."""
+
+    starts: Int64s
+    nbytes: Int64s
+    rows: Int64s
+    columns: Sequence[str] | None
+
+
+def one_block(file: FileInfo, columns: Sequence[str] | None) -> Scan:
+    """The scan of a file that can only be read whole."""
+    return Scan(np.array([0]), np.array([max(1, file.size)]), np.array([UNKNOWN_ROWS]), columns)
