@@ -68,7 +68,7 @@ def _without(gap: Range, taken: Sequence[Range]) -> Iterator[Range]:
         yield position, end
 
 
-def chunks(spec: TensorSpec, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Range]:
+def chunks(spec: TensorSpec, chunk_bytes: int) -> Iterator[Range]:
     """A tensor in pieces of at most `chunk_bytes`; none for an empty tensor."""
     numel = num_elements(spec)
     step = max(1, chunk_bytes // DTYPES[spec.dtype].itemsize)

@@ -26,7 +26,7 @@ import torch
 
 from ...recipes.errors import InfrastructureError
 from .. import storage
-from .exchange import Ranges, Segment, chunks, clip, cover, deal_owners
+from .exchange import CHUNK_BYTES, Ranges, Segment, chunks, clip, cover, deal_owners
 from .fragments import Fragment, TensorSpec
 from .layout import DTYPES, MAX_FILE_BYTES, FileSet, StoredFile, num_elements, plan_files
 from .manifest import FileRecord, Span
@@ -54,6 +54,7 @@ class PartPlan:
     owners: dict[str, int]
     specs: tuple[TensorSpec, ...]
     held: tuple[tuple[Ranges, ...], ...]
+    chunk_bytes: int = CHUNK_BYTES
 
 
 def plan_part(
@@ -138,7 +139,7 @@ class _Movement:
         file, _ = self.plan.files.places[held.spec.name]
         owner, rank = self.plan.owners[file.name], self.peers.rank
         segments = cover([ranges[position] for ranges in self.plan.held], num_elements(held.spec), owner)
-        for start, stop in chunks(held.spec):
+        for start, stop in chunks(held.spec, self.plan.chunk_bytes):
             pieces = clip(segments, start, stop)
             if rank == owner:
                 self.files.write(file, _receive_chunk(pieces, start, stop, held, self.peers))
