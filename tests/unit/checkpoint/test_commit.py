@@ -1,0 +1,195 @@
+"""Which checkpoints exist, which one is meant, and which are deleted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ftlaunch.distributed.checkpoint.commit import (
+    CommitRecord,
+    Reference,
+    best,
+    commit,
+    commit_url,
+    directory_name,
+    latest,
+    list_commits,
+    parse_reference,
+    resolve,
+)
+from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, Manifest, record_bytes
+from ftlaunch.distributed.checkpoint.retention import apply_retention, orphans, steps_to_keep
+from ftlaunch.recipes.errors import UserError
+
+
+def nothing_to_report(line):
+    raise AssertionError(f"reported: {line}")
+
+
+def make(run, step, attempt=1, *, committed=True, **metrics):
+    """A checkpoint of one small file."""
+    directory = run / directory_name(step, attempt)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_bytes(b"{}")
+    manifest = Manifest(step, attempt, (record_bytes("config.json", b"{}"),))
+    (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    record = CommitRecord(step, attempt, directory.name, "2030-01-01T00:00:00+00:00", metrics, "digest")
+    return commit(str(run), record) if committed else record
+
+
+def test_commits_are_listed_by_step_and_read_back(tmp_path):
+    made = [make(tmp_path, step, **{"a/loss": step / 7}) for step in (1_000_000, 5, 200)]
+    assert list_commits(str(tmp_path), nothing_to_report) == sorted(made, key=lambda record: record.step)
+    assert latest(str(tmp_path), nothing_to_report) == made[0]
+    assert best(str(tmp_path), "a/loss", nothing_to_report) == made[1]
+    assert best(str(tmp_path), "b/loss", nothing_to_report) is None
+
+
+def test_a_directory_without_a_commit_does_not_exist(tmp_path):
+    make(tmp_path, 5, committed=False)
+    assert list_commits(str(tmp_path), nothing_to_report) == []
+    assert latest(str(tmp_path), nothing_to_report) is None
+
+
+def test_the_first_commit_of_a_step_counts(tmp_path):
+    first = make(tmp_path, 5, attempt=1)
+    assert make(tmp_path, 5, attempt=2) == first
+    assert commit(str(tmp_path), first) == first
+
+
+@pytest.mark.parametrize("damage", ["directory", "manifest", "cut manifest", "file", "cut file", "other step"])
+def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, damage):
+    good, bad = make(tmp_path, 5), make(tmp_path, 10)
+    directory = tmp_path / bad.directory
+    manifest, file = directory / MANIFEST_NAME, directory / "config.json"
+    match damage:
+        case "directory":
+            directory.rename(tmp_path / "elsewhere")
+        case "manifest":
+            manifest.unlink()
+        case "cut manifest":
+            manifest.write_bytes(manifest.read_bytes()[:20])
+        case "file":
+            file.unlink()
+        case "cut file":
+            file.write_bytes(b"{")
+        case "other step":
+            manifest.write_bytes((tmp_path / good.directory / MANIFEST_NAME).read_bytes())
+    reported = []
+    assert latest(str(tmp_path), reported.append) == good
+    assert len(reported) == 1
+    assert reported[0].startswith("checkpoint of step 10 is not usable: ")
+    with pytest.raises(UserError, match=r"no usable checkpoint for @10\. Committed steps: 5, 10"):
+        resolve(str(tmp_path), 10, reported.append)
+
+
+def test_a_broken_record_is_reported_and_skipped(tmp_path):
+    good = make(tmp_path, 5)
+    (tmp_path / "commits/step-000010.json").write_text('{"step": 10')
+    reported = []
+    assert latest(str(tmp_path), reported.append) == good
+    assert len(reported) == 1
+    assert "step-000010.json is no commit record" in reported[0]
+
+
+def test_a_manifest_of_a_newer_format_is_not_guessed_at(tmp_path):
+    record = make(tmp_path, 5)
+    path = tmp_path / record.directory / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": 99}))
+    reported = []
+    assert latest(str(tmp_path), reported.append) is None
+    assert "format 99" in reported[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("bot", Reference("bot", "latest")),
+        ("bot@latest", Reference("bot", "latest")),
+        ("s3://b/runs/bot@best", Reference("s3://b/runs/bot", "best")),
+        ("bot@200", Reference("bot", 200)),
+        ("bot@step-000200", Reference("bot", 200)),
+        ("sftp://me@host/runs/bot", Reference("sftp://me@host/runs/bot", "latest")),
+    ],
+)
+def test_references(text, reference):
+    assert parse_reference(text) == reference
+
+
+@pytest.mark.parametrize("text", ["bot@", "bot@newest", "bot@-1", "@best2", "@200"])
+def test_a_reference_that_means_nothing_says_what_would(text):
+    with pytest.raises(UserError, match="best, latest, or a step"):
+        parse_reference(text)
+
+
+def test_resolve(tmp_path):
+    make(tmp_path, 5, **{"a/loss": 1.0})
+    make(tmp_path, 10, **{"a/loss": 2.0})
+    run = str(tmp_path)
+    assert resolve(run, "latest", nothing_to_report).step == 10
+    assert resolve(run, "best", nothing_to_report).step == 5
+    assert resolve(run, 10, nothing_to_report).step == 10
+    make(tmp_path, 15, **{"a/loss": 3.0, "b/loss": 0.0})
+    assert resolve(run, "best", nothing_to_report, metric="b/loss").step == 15
+    with pytest.raises(UserError, match="a/loss, b/loss"):
+        resolve(run, "best", nothing_to_report)
+    with pytest.raises(UserError, match=r"@7\. Committed steps: 5, 10, 15"):
+        resolve(run, 7, nothing_to_report)
+    with pytest.raises(UserError, match="Committed steps: none"):
+        resolve(str(tmp_path / "elsewhere"), "latest", nothing_to_report)
+
+
+# --- retention ------------------------------------------------------------------------------------------------------
+
+
+def records(losses):
+    return [CommitRecord(s, 1, directory_name(s, 1), "", {} if x is None else {"m": x}) for s, x in losses.items()]
+
+
+def test_the_newest_and_the_best_are_kept():
+    made = records({10: 0.5, 20: 0.1, 30: 0.1, 40: 0.7, 50: None})
+    assert steps_to_keep(made, keep_last=2, metric="m") == {20, 40, 50}
+    assert steps_to_keep(made, keep_last=2, metric=None) == {40, 50}
+    assert steps_to_keep(made, keep_last=9, metric="m") == {10, 20, 30, 40, 50}
+    assert steps_to_keep([], keep_last=2, metric="m") == set()
+
+
+def test_orphans_are_of_older_attempts_that_are_dead():
+    names = ["commits", "step-000010.a1", "step-000020.a1", "step-000020.a2", "step-000020.a3", "step-000020.a4"]
+    assert orphans(names, records({10: None}), attempt=4, alive={2}) == ["step-000020.a1", "step-000020.a3"]
+
+
+def test_retention_deletes_record_and_directory(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step, attempt=2, m=1.0 if step == 10 else 2.0)
+    for attempt in (1, 2, 3):
+        make(tmp_path, 50, attempt=attempt, committed=False)
+    gone = apply_retention(str(tmp_path), keep_last=1, metric="m", attempt=2, alive=set(), report=nothing_to_report)
+    assert sorted(gone) == ["step-000020.a2", "step-000030.a2", "step-000050.a1"]
+    assert [record.step for record in list_commits(str(tmp_path), nothing_to_report)] == [10, 40]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["commits", "step-000010.a2", "step-000040.a2", "step-000050.a2", "step-000050.a3"]
+
+
+def test_a_crash_within_retention_leaves_no_commit_without_files(tmp_path, monkeypatch):
+    for step in (10, 20):
+        make(tmp_path, step)
+    from ftlaunch.distributed import storage
+
+    delete_tree = storage.delete_tree
+
+    def crash_at_directories(url):
+        if "/commits/" not in url:
+            raise KeyboardInterrupt
+        delete_tree(url)
+
+    monkeypatch.setattr(storage, "delete_tree", crash_at_directories)
+    with pytest.raises(KeyboardInterrupt):
+        apply_retention(str(tmp_path), keep_last=1, metric=None, attempt=1, alive=set(), report=nothing_to_report)
+    monkeypatch.undo()
+    assert latest(str(tmp_path), nothing_to_report).step == 20
+    # A later attempt clears the orphan away.
+    gone = apply_retention(str(tmp_path), keep_last=1, metric=None, attempt=2, alive=set(), report=nothing_to_report)
+    assert gone == ["step-000010.a1"]
+    assert commit_url(str(tmp_path), 20).endswith("commits/step-000020.json")
