@@ -1,0 +1,102 @@
+"""The quickstart's result, on the terminal: what was learned, what was forgotten, and what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .quickstart_data import Row, parses
+
+NUM_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model. Losses in nats a token, over held-out files; `shuffled_loss`: task rows with each other's prompts."""
+
+    task_loss: float
+    general_loss: float
+    shuffled_loss: float
+    parsing_share: float
+    written: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Both models, and the held-out rows that `written` answers."""
+
+    base: Side
+    tuned: Side
+    rows: tuple[Row, ...]
+
+
+def render_outcome(outcome: Outcome, folder: str) -> RenderableType:
+    """The whole result."""
+    return Group(Text(), figures(outcome), Text(), answers(outcome), Text(), next_commands(folder))
+
+
+def figures(outcome: Outcome) -> Table:
+    """The table of losses and shares."""
+    base, tuned = outcome.base, outcome.tuned
+    table = Table(title="on files that neither model was trained on", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for heading in ("base", "tuned", "change"):
+        table.add_column(heading, justify="right")
+    table.add_row("loss on the task", *compared(base.task_loss, tuned.task_loss))
+    table.add_row("  the same, prompts exchanged among rows", *compared(base.shuffled_loss, tuned.shuffled_loss))
+    table.add_row("loss on general text (a rise is forgetting)", *compared(base.general_loss, tuned.general_loss))
+    table.add_row(
+        f"answers that parse as Python, of {len(outcome.rows)}",
+        f"{base.parsing_share:.0%}",
+        f"{tuned.parsing_share:.0%}",
+        "",
+    )
+    table.caption = reading(tuned)
+    table.caption_justify = "left"
+    return table
+
+
+def compared(before: float, after: float) -> tuple[str, str, str]:
+    """Two losses and the change between them."""
+    return f"{before:.3f}", f"{after:.3f}", f"{(after - before) / before:+.0%}"
+
+
+def reading(tuned: Side) -> str:
+    """What the exchanged prompts say about the tuned model."""
+    return (
+        f"With the prompt of another row the tuned model's loss is {tuned.shuffled_loss - tuned.task_loss:+.3f}: "
+        "so much of its answer comes from reading the prompt."
+    )
+
+
+def answers(outcome: Outcome) -> Table:
+    """A few questions with both answers, side by side."""
+    table = Table(title="what they write", title_justify="left", title_style="bold", show_lines=True)
+    for heading in ("asked", "base", "tuned"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for index in range(min(NUM_SHOWN, len(outcome.rows))):
+        asked = outcome.rows[index]["messages"][0]["content"]
+        table.add_row(Text(asked), answer(outcome.base.written, index), answer(outcome.tuned.written, index))
+    return table
+
+
+def answer(written: Sequence[str], index: int) -> Text:
+    """One answer; red if it is no Python."""
+    return Text(written[index], style="" if parses(written[index]) else "red")
+
+
+def next_commands(folder: str) -> Text:
+    """What to try next, to be copied."""
+    question = "Write a stub of the function read_lines.\\nRead all lines of the file path."
+    lines = [
+        f"ftlaunch plan {folder}/tuned.yaml                 what a run will do, without starting it",
+        f"ftlaunch check {folder}/tuned.yaml                what the model learns from, token by token",
+        f"ftlaunch {folder}/tuned.yaml --fresh              train again, after you edited the recipe",
+        f"ftlaunch generate {folder}/runs/tuned $'{question}'",
+        f"open {folder}/runs/tuned/report.html              curves, counts, environment",
+    ]
+    return Text("\n").join([Text("next", style="bold"), *(Text(f"  {line}") for line in lines)])
