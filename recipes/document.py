@@ -6,6 +6,7 @@ lines of scalars, and reads more than YAML's core schema (dates, `1_000`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,11 @@ from .scalars import core_value
 from .variables import substitute
 
 _YAML_TAGS = "tag:yaml.org,2002:"
+# Besides the core schema's types, three that ruamel.yaml sees in plain words (dates, <<, =); they are text here.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CORE_TYPES = ("str", "int", "float", "bool", "null", "map", "seq")
+_PLAIN_WORDS = ("timestamp", "merge", "value")
+_KNOWN_TAGS = {_YAML_TAGS + name for name in _CORE_TYPES + _PLAIN_WORDS}
 
 
 @dataclass
@@ -98,8 +104,8 @@ class _Reader:
         if id(node) in self.open_nodes:
             self.problem(key, "an alias (*) that contains itself", "write the value out", node)
             return None
-        if not str(node.tag).startswith(_YAML_TAGS):
-            self.problem(key, f"unknown YAML tag {node.tag}", "leave the tag out", node)
+        if node.tag not in _KNOWN_TAGS:
+            self.problem(key, f"unknown YAML tag {str(node.tag).replace(_YAML_TAGS, '!!')}", "leave the tag out", node)
             return None
         if isinstance(node, ScalarNode):
             return self.scalar(node, key)
@@ -109,18 +115,24 @@ class _Reader:
         return value
 
     def scalar(self, node: ScalarNode, key: str) -> Any:
-        text = node.value
-        if self.environ is not None and "${" in text:
-            filled = substitute(text, self.environ)
-            self.document.secrets += filled.secrets
-            for name in filled.unset:
-                remedy = f"set it, or give a default: ${{{name}:-…}}"
-                self.problem(key, f"the environment variable {name} is not set", remedy, node)
-            if filled.unset:
-                return text
-            return filled.text if node.style else core_value(filled.text)
-        is_text = node.style or node.tag == f"{_YAML_TAGS}str"
+        text = self.filled(node, key)
+        is_text = node.style or (node.tag == f"{_YAML_TAGS}str" and text == node.value)
+        if _SURROGATE.search(text):
+            self.problem(key, "half a character (a lone surrogate), which no text may contain", "write it whole", node)
+            return ""
         return text if is_text else core_value(text)
+
+    def filled(self, node: ScalarNode, key: str) -> str:
+        """The text with its variables; as it was when one of them is not set."""
+        text: str = node.value
+        if self.environ is None or "${" not in text:
+            return text
+        result = substitute(text, self.environ)
+        self.document.secrets += result.secrets
+        for name in result.unset:
+            remedy = f"set it, or give a default: ${{{name}:-…}}"
+            self.problem(key, f"the environment variable {name} is not set", remedy, node)
+        return text if result.unset else result.text
 
     def sequence(self, node: SequenceNode, key: str) -> list[Any]:
         items = []
@@ -138,7 +150,9 @@ class _Reader:
                 continue
             name, line = str(name_node.value), name_node.start_mark.line + 1
             child = dotted(key, name)
-            if name == "<<":
+            if _SURROGATE.search(name):
+                self.problem(key, "a key with half a character (a lone surrogate)", "write it whole", name_node)
+            elif name == "<<":
                 self.problem(child, "merge keys (<<) are not part of YAML 1.2", "write the keys out", name_node)
             elif name in data:
                 both = f"on line {lines[name]} and again on line {line}"

@@ -49,7 +49,7 @@ def set_value(document: Document, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     try:
         target, path = document.data, ""
-        for part, following in zip(parents, [*parents[1:], last], strict=True):
+        for part, following in zip(parents, key.split(".")[1:], strict=True):
             target, path = _enter(document, target, path, part, following), dotted(path, part)
         _put(target, path, last, value)
     except _NoPlaceError as error:

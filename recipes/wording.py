@@ -112,4 +112,6 @@ def _number_remedy(text: str) -> str:
         float(text.replace(",", ""))
     except ValueError:
         return ""
-    return "write the number without quotes, underscores and commas"
+    if "," in text or "_" in text:
+        return "write the number without underscores and commas"
+    return "write the number without quotes (a number from ${VAR} needs a line of its own, outside { } and [ ])"

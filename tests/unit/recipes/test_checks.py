@@ -1,0 +1,214 @@
+"""Each rule across sections: a recipe that breaks it, and one beside it that does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ftlaunch.recipes.checks import CHECKS, advice, run_checks
+from ftlaunch.recipes.naming import eval_names, source_name, source_names
+from ftlaunch.recipes.schema import Data, EvalSplit, Recipe, Source, TrainSource
+
+A, B = {"path": "a.jsonl"}, {"path": "b.jsonl"}
+HELD_OUT = [{"path": "h.jsonl", "name": "held"}]
+
+
+def recipe(**sections: Any) -> Recipe:
+    base = {"name": "r", "model": {"path": "m"}, "data": {"train": [A]}}
+    return Recipe.model_validate({**base, **sections})
+
+
+def weighted(*extra: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"train": [{**source, "weight": 1, **more} for source, more in zip((A, B), extra, strict=True)]}}
+
+
+STOPPING = {"metric": "held/loss"}
+
+BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = {
+    "weights_on_all_or_none": [({"data": {"train": [{**A, "weight": 1}, B]}}, "data.train.1", weighted({}, {}))],
+    "primary_source": [
+        ({"data": {"train": [{**A, "primary": True}]}}, "data.train.0.primary", weighted({"primary": True}, {})),
+        ({"data": {"train": [{**A, "repeat": False}]}}, "data.train.0.repeat", weighted({}, {"repeat": False})),
+        (weighted({"primary": True}, {"primary": True}), "data.train.1.primary", weighted({}, {"primary": True})),
+    ],
+    "one_duration": [
+        ({"train": {"num_epochs": 1, "max_steps": 2}}, "train.max_steps", {"train": {"max_steps": 2}}),
+        ({"train": {"max_tokens": 1, "max_steps": 2}}, "train.max_tokens", {"train": {"max_tokens": 2}}),
+    ],
+    "one_warmup": [
+        ({"train": {"warmup_ratio": 0.1, "warmup_steps": 0}}, "train.warmup_steps", {"train": {"warmup_steps": 9}})
+    ],
+    "warmup_leaves_room_for_decay": [
+        (
+            {"train": {"lr_scheduler": "wsd", "warmup_ratio": 0.6, "decay_ratio": 0.5}},
+            "train.decay_ratio",
+            {"train": {"lr_scheduler": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.5}},
+        )
+    ],
+    "streams_divide_batch": [
+        ({"data": {"train": [A], "streams": 5}}, "data.streams", {"data": {"train": [A], "streams": 8}})
+    ],
+    "micro_batch_within_global": [
+        (
+            {"train": {"global_batch_size": 4, "micro_batch_size": 8}},
+            "train.micro_batch_size",
+            {"train": {"global_batch_size": 4, "micro_batch_size": 4}},
+        )
+    ],
+    "layers_without_adapter": [
+        (
+            {"model": {"path": "m", "train_layers": ["*"]}, "adapter": {}},
+            "model.train_layers",
+            {"model": {"path": "m", "train_layers": ["*"]}},
+        )
+    ],
+    "adapter_on_pretrained": [
+        (
+            {"model": {"path": "m", "init": "random"}, "adapter": {}},
+            "adapter",
+            {"model": {"path": "m", "init": "random"}},
+        )
+    ],
+    "early_stopping_metric": [
+        (
+            {
+                "data": {"train": [A], "eval": HELD_OUT},
+                "evaluate": {"every_steps": 1, "early_stopping": {"metric": metric}},
+            },
+            "evaluate.early_stopping.metric",
+            {"data": {"train": [A], "eval": HELD_OUT}, "evaluate": {"every_steps": 1, "early_stopping": STOPPING}},
+        )
+        for metric in ("held", "a/loss")
+    ]
+    + [
+        (
+            {
+                "data": {"train": [A], "eval": {"fraction": 0.1}},
+                "evaluate": {"every_steps": 1, "early_stopping": STOPPING},
+            },
+            "evaluate.early_stopping.metric",
+            {
+                "data": {"train": [A], "eval": {"fraction": 0.1}},
+                "evaluate": {"every_steps": 1, "early_stopping": {"metric": "a/loss"}},
+            },
+        )
+    ],
+    "early_stopping_needs_steps": [
+        (
+            {"data": {"train": [A], "eval": HELD_OUT}, "evaluate": {"early_stopping": STOPPING}},
+            "evaluate.early_stopping",
+            {"data": {"train": [A], "eval": HELD_OUT}, "evaluate": {"every_steps": 5, "early_stopping": STOPPING}},
+        )
+    ],
+    "evaluation_has_data": [({"evaluate": {"every_steps": 5}}, "evaluate.every_steps", {"evaluate": {}})],
+    "names_differ": [
+        (
+            {"data": {"train": [{**A, "name": "x"}, {**B, "name": "x"}]}},
+            "data.train.1.name",
+            {"data": {"train": [{**A, "name": "x"}, B], "eval": [{**A, "name": "x"}]}},
+        ),
+        (
+            {"data": {"train": [A], "eval": [{**A, "name": "x"}, {**B, "name": "x"}]}},
+            "data.eval.1.name",
+            {"data": {"train": [A], "eval": [A, A]}},
+        ),
+    ],
+    "cpt_reads_text": [
+        (
+            {"method": {"type": "cpt"}, "data": {"train": [A, {**B, "format": "chat"}]}},
+            "data.train.1.format",
+            {"method": {"type": "cpt"}, "data": {"train": [A, {**B, "format": "text"}]}},
+        ),
+        (
+            {"method": {"type": "cpt"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
+            "data.eval.0.format",
+            {"method": {"type": "sft"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [check.rule.__name__ for check in CHECKS])
+def test_check(name: str) -> None:
+    for broken, key, whole in BROKEN_AND_WHOLE[name]:
+        (problem,) = run_checks(recipe(**broken))
+        assert problem.key == key
+        assert problem.message
+        assert problem.remedy
+        assert run_checks(recipe(**whole)) == []
+
+
+def test_checks_of_broken_sections_do_not_run() -> None:
+    broken = recipe(train={"global_batch_size": 4, "micro_batch_size": 8})
+    assert run_checks(broken, {"train"}) == []
+
+
+def test_packing_off_is_fine() -> None:
+    assert run_checks(recipe(data={"train": [A], "packing": False})) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys"),
+    [
+        ({"adapter": {}, "train": {"learning_rate": 2e-5}}, ["train.learning_rate"]),
+        ({"adapter": {}, "train": {"learning_rate": 5e-5}}, []),
+        ({"train": {"learning_rate": 3e-4}}, ["train.learning_rate"]),
+        ({"train": {"learning_rate": 2e-4}}, []),
+        ({"model": {"path": "m", "init": "random"}, "train": {"learning_rate": 3e-3}}, []),
+        ({"train": {"decay_ratio": 0.5}}, ["train.decay_ratio"]),
+        ({"train": {"decay_ratio": 0.5, "lr_scheduler": "wsd"}}, []),
+        ({"train": {"min_lr_ratio": 0.1, "lr_scheduler": "constant"}}, ["train.min_lr_ratio"]),
+        ({"train": {"warmup_steps": 10, "max_steps": 10}}, ["train.warmup_steps"]),
+        ({"train": {"warmup_steps": 9, "max_steps": 10}}, []),
+    ],
+)
+def test_advice(sections: dict[str, Any], keys: list[str]) -> None:
+    assert [problem.key for problem in advice(recipe(**sections))] == keys
+
+
+def test_advice_becomes_warnings_with_a_place(load: Any) -> None:
+    text = "model: {path: m}\ndata: {train: [{path: a}]}\nadapter: {}\ntrain:\n  learning_rate: 1e-5\n"
+    (warning,) = load(text).warnings
+    assert warning == "recipe.yaml:5: train.learning_rate: 1e-05 is low for LoRA; 1e-4 to 2e-4 is usual"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("s3://acme/tickets/*.parquet", "tickets"),
+        ("s3://acme/tickets-heldout.parquet", "tickets-heldout"),
+        ("data/train.jsonl.gz", "train"),
+        ("data/general/*.jsonl.zst", "general"),
+        ("/data/shards/part-*.parquet", "part"),
+        ("/data/**/*.jsonl", "data"),
+        ("s3://bucket", "bucket"),
+        ("s3://bucket/folder/", "folder"),
+        ("https://host/a%20b.jsonl", "a-20b"),
+        ("*.jsonl", "data"),
+        ("{a,b}.jsonl", "data"),
+        (("x/first.arrow", "y/second.arrow"), "first"),
+        ((), "data"),
+    ],
+)
+def test_source_name(path: str | tuple[str, ...], name: str) -> None:
+    assert source_name(Source(path=path)) == name
+    Source(path="x", name=name)  # a made name is a valid one
+
+
+def test_source_names_are_all_different_unless_given_twice() -> None:
+    paths = ["a/x.jsonl", "b/x.jsonl", "c/x.jsonl"]
+    sources = [Source(path=paths[0]), Source(path="q", name="x-2"), Source(path=paths[1]), Source(path=paths[2])]
+    assert source_names(sources) == ("x", "x-2", "x-3", "x-4")
+    assert source_names([Source(path="q", name="x"), Source(path="r", name="x")]) == ("x", "x")
+
+
+def test_a_given_name_keeps_it_wherever_it_stands() -> None:
+    assert source_names([Source(path="x.jsonl"), Source(path="q", name="x")]) == ("x-2", "x")
+
+
+def test_eval_names() -> None:
+    train = (TrainSource(path="a.jsonl"), TrainSource(path="b/a.jsonl"))
+    assert eval_names(Data(train=train, eval=EvalSplit(fraction=0.1))) == ("a", "a-2")
+    assert eval_names(Data(train=train, eval=(Source(path="h.jsonl"),))) == ("h",)
+    assert eval_names(Data(train=train)) == ()
