@@ -10,12 +10,14 @@ from dataclasses import dataclass
 class World:
     """One rank's place.
 
-    `device` is "cpu" or "cuda:K". `rank` counts over the whole run, `local_rank` within the node.
+    `device` is "cpu" or "cuda:K". `rank` counts over the whole run, `local_rank` within the
+    node, which runs `local_size` ranks.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     node_rank: int = 0
     num_nodes: int = 1
     device: str = "cpu"
@@ -35,6 +37,7 @@ class World:
             rank=int(environ.get("RANK", 0)),
             size=size,
             local_rank=local_rank,
+            local_size=local_size,
             node_rank=int(environ.get("GROUP_RANK", 0)),
             num_nodes=max(1, size // max(1, local_size)),
             device=f"cuda:{local_rank}" if num_gpus > local_rank else "cpu",

@@ -1,0 +1,47 @@
+"""Ray on this machine, started for one run and gone with it."""
+
+from __future__ import annotations
+
+import secrets
+
+from ..recipes.schema import LocalCluster
+from .base import Demand, Endpoint
+from .ray_settings import configure, quiet
+
+
+class Local:
+    """The `local` cluster: logical nodes on one machine."""
+
+    def __init__(self, config: LocalCluster, demand: Demand) -> None:
+        self._config, self._demand = config, demand
+
+    def problems(self) -> list[str]:
+        """None that the plan has not found already: it has counted this machine's GPUs."""
+        return []
+
+    def render(self) -> str:
+        demand = self._demand
+        gpus = f" --num-gpus {demand.ranks}" if demand.uses_gpus else ""
+        return f"ray start --head --num-cpus {demand.ranks * demand.cpus_per_rank}{gpus}"
+
+    def up(self) -> Endpoint:
+        # A token of its own: other users of this machine can reach loopback ports.
+        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        quiet()
+        import ray
+
+        demand = self._demand
+        context = ray.init(
+            address="local",
+            num_cpus=demand.ranks * demand.cpus_per_rank,
+            num_gpus=demand.ranks if demand.uses_gpus else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        return Endpoint(address=context.address_info["gcs_address"], shares_files=True)
+
+    def down(self) -> None:
+        import ray
+
+        ray.shutdown()

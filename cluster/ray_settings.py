@@ -1,0 +1,26 @@
+"""Ray takes its settings from the environment, before it is imported; they are made here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Relative paths of a recipe mean the folder the user is in, not one that Ray Train makes.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Ray's advice on its own internals is not for our users.
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def configure(settings: Mapping[str, str]) -> None:
+    """Set variables for Ray in this process and the ones it starts."""
+    os.environ.update(settings)
+
+
+def quiet() -> None:
+    """Settings that every run wants; what the user has set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,69 @@
+"""Beginning and ending one attempt of a run, on rank 0. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..recipes.load import LoadedRecipe
+from ..recipes.redact import dump_recipe
+from ..recipes.schema import Recipe
+from . import storage
+from .checkpoint.commit import CommitRecord, latest
+from .run_directory import RunDirectory
+
+FORMAT = 1
+"""Version of the run directory, of `state.json` and of the order of the data."""
+
+USUAL_STREAMS = 16
+"""Enough streams for the usual world sizes to divide them, few enough that each holds a real share of the data."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. `resume` is the checkpoint it continues from, `streams` what the first start fixed."""
+
+    run: RunDirectory
+    number: int
+    streams: int
+    resume: CommitRecord | None
+    notes: tuple[str, ...] = field(default=())
+    """Things about the run directory that the user should read."""
+
+
+def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str]) -> Attempt:
+    """Open the run's directory, claim an attempt, and find where to continue.
+
+    Raises UserError for a place that cannot be written or that holds something else.
+    """
+    recipe = loaded.recipe
+    run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
+    run.check()
+    number = run.claim_attempt(world_size=world_size, command=command)
+    _store_recipe(run, dump_recipe(recipe, loaded.secrets), number)
+    run.write_environment()
+    # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.
+    storage.delete_tree(run.path("result.json"))
+    facts = run.record_facts(
+        {"format": FORMAT, "streams": choose_streams(recipe, world_size), "seed": recipe.train.seed}
+    )
+    notes: list[str] = []
+    return Attempt(run, number, facts["streams"], latest(run.url, notes.append), tuple(notes))
+
+
+def _store_recipe(run: RunDirectory, text: str, number: int) -> None:
+    stored = run.read_recipe()
+    if stored is None:
+        run.store_recipe(text)
+    elif stored != text:
+        run.replace_recipe(text, number)
+
+
+def choose_streams(recipe: Recipe, world_size: int) -> int:
+    """Logical streams of a new run: the recipe's, or the largest divisor of the global batch that is not above
+    max(16, world size)."""
+    if recipe.data.streams is not None:
+        return recipe.data.streams
+    batch = recipe.train.global_batch_size
+    limit = max(USUAL_STREAMS, world_size)
+    return max(n for n in range(1, min(batch, limit) + 1) if batch % n == 0)

@@ -1,0 +1,237 @@
+"""One rank's program: reads the tables, builds everything, and calls `loop.train`.
+
+It runs the same under Ray (`launcher/worker.py` calls `run_rank`) and under torchrun:
+
+    torchrun --nproc-per-node 2 -m ftlaunch.distributed.entry recipe.yaml [key.sub=value …]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..recipes.errors import FtlaunchError, Interrupted
+from ..recipes.load import LoadedRecipe, load_recipe
+from ..recipes.methods.table import build_method
+from ..recipes.schema import Recipe
+from . import group as groups
+from .attempt import Attempt, begin_attempt
+from .checkpoint.reader import CheckpointReader
+from .checkpoint.save import CheckpointWriter
+from .evaluate import Evaluator
+from .group import Group
+from .loop import Run, train
+from .metrics import Recorder
+from .model import BuiltModel, build_model
+from .model_files import ModelFolder, find_model
+from .monitor import Monitor, PlainMonitor
+from .probes import check_packing, choose_head
+from .published import published_files
+from .run_data import RunData, open_data
+from .run_directory import Outcome
+from .saver import Saver, load_parts, read_state
+from .schedule import Extent
+from .strategies.base import Engine
+from .strategies.table import prepare
+from .weights import check_base
+from .world import World
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is told: the recipe, where it stands, how to find the others, whom to tell."""
+
+    loaded: LoadedRecipe
+    world: World
+    rendezvous: str
+    monitor: Monitor
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PolicyModel:
+    """The trained model as losses see it (`recipes.methods.base.Models`)."""
+
+    module: torch.nn.Module
+
+    def policy(self, batch: Any) -> torch.Tensor:
+        """Per-token losses [B, S]."""
+        losses: torch.Tensor = self.module(batch)
+        return losses
+
+
+def run_rank(job: Job) -> str:
+    """Train as one rank of a run: "finished" or "stopped_early". Raises Interrupted after a requested stop, and
+    UserError or InfrastructureError, on every rank alike."""
+    _set_determinism(job.loaded.recipe)
+    job.monitor.emit({"kind": "phase", "phase": "connecting"})
+    group = groups.start(job.world, job.rendezvous)
+    try:
+        attempt = group.from_main(
+            partial(begin_attempt, job.loaded, job.world.size, job.command), "opening the run directory"
+        )
+        return _attempt(job, group, attempt)
+    finally:
+        groups.stop()
+
+
+def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
+    """Run one attempt, and write down how it ended."""
+    ending: tuple[Outcome, str] = "failed", ""
+    recorder = Recorder.open(job.loaded.recipe, attempt, job.monitor) if job.world.is_main else None
+    try:
+        run = _build(job, group, attempt, recorder)
+        with closing(run.stream):
+            outcome = train(run)
+        if outcome == "interrupted":
+            ending = "interrupted", ""
+            raise Interrupted(f"stopped after step {run.extent.steps}; the same command continues from there")
+        ending = "finished", outcome
+        if recorder:
+            attempt.run.write_result({"outcome": outcome, **asdict(run.extent), "losses": run.evaluator.last})
+        return outcome
+    except Exception as error:
+        ending = ending[0], str(error)
+        raise
+    finally:
+        if recorder:
+            recorder.close()
+            attempt.run.finish_attempt(attempt.number, *ending)
+
+
+def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) -> Run:
+    """Everything a rank trains with, in the order in which mistakes are cheapest to find."""
+    recipe, world = job.loaded.recipe, job.world
+    say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
+    say("reading the data's index")
+    folder = group.from_main(partial(find_model, recipe.model.path, recipe.model.revision), "looking for the model")
+    method = build_method(recipe.method)
+    data = open_data(recipe, folder, method, attempt, group)
+    say("building the model")
+    built = build_model(recipe, folder)
+    engine = prepare(built, recipe, world)
+    state = _load(recipe, built, engine, folder, attempt, group)
+    extent, states = _where(state, data, recorder)
+    stream = data.training_stream(states)
+    _probe(recipe, built, engine, group, recorder)
+    evaluator = Evaluator(
+        group=group,
+        method=method,
+        models=PolicyModel(engine.module),
+        engine=engine,
+        sets=data.eval_sets(),
+        early_stopping=recipe.evaluate.early_stopping,
+        recorder=recorder,
+    )
+    if state:
+        evaluator.restore(state["evaluator"])
+    saver = Saver(
+        recipe=recipe,
+        run=attempt.run,
+        group=group,
+        engine=engine,
+        stream=stream,
+        evaluator=evaluator,
+        writer=CheckpointWriter(attempt.run.url, attempt.number, partial(_announce, recorder), group.peers),
+        recorder=recorder,
+        extra_files=published_files(recipe, built, folder) if world.is_main else {},
+        has_adapter=built.has_adapter,
+        data_digest=data.digest,
+        last_step=attempt.resume.step if attempt.resume else None,
+    )
+    say("training")
+    return Run(
+        recipe=recipe,
+        group=group,
+        method=method,
+        models=evaluator.models,
+        engine=engine,
+        stream=stream,
+        evaluator=evaluator,
+        saver=saver,
+        monitor=job.monitor,
+        recorder=recorder,
+        extent=extent,
+    )
+
+
+def _load(
+    recipe: Recipe, built: BuiltModel, engine: Engine, folder: ModelFolder, attempt: Attempt, group: Group
+) -> dict[str, Any] | None:
+    """Weights from the newest checkpoint or else from where the run starts; the state to continue from, if any."""
+
+    def load() -> tuple[dict[str, Any] | None, list[float]]:
+        if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
+            reader = CheckpointReader(folder.url)
+            check_base(built, reader)
+            engine.load_base(reader)
+        if attempt.resume is None:
+            return None, []
+        directory = attempt.run.path(attempt.resume.directory)
+        load_parts(engine, directory, built.has_adapter)
+        return read_state(directory), []
+
+    return group.act_and_sum(load, width=0, doing="loading weights")[0]
+
+
+def _where(
+    state: Mapping[str, Any] | None, data: RunData, recorder: Recorder | None
+) -> tuple[Extent, Mapping[str, Any] | None]:
+    """How far the run is, and the states of its streams; changed data that the user accepted begins anew."""
+    if state is None:
+        return Extent(), None
+    extent = Extent(**state["extent"])
+    if state["data"] == data.digest:
+        return extent, state["stream"]
+    if recorder:
+        recorder.message("data.train has changed: it is read from its beginning", level="warning")
+    return replace(extent, served_bytes=0), None
+
+
+def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, recorder: Recorder | None) -> None:
+    """The checks that need the real model, before anything is trained."""
+    text_config = built.config.get_text_config()
+    note = choose_head(engine.module, built.loss_model, group, text_config.vocab_size, recipe.model.dtype)
+    if note and recorder:
+        recorder.message(note, level="warning")
+    if recipe.data.packing:
+        check_packing(engine.module, group, text_config.vocab_size, text_config.model_type)
+
+
+def _announce(recorder: Recorder | None, kind: str, **fields: Any) -> None:
+    if recorder:
+        recorder.events.record(kind, **fields)
+
+
+def _set_determinism(recipe: Recipe) -> None:
+    if recipe.train.deterministic:
+        # cuBLAS reads this when it is first used; without it deterministic matmuls are refused.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One rank under torchrun; the exit codes of the command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    world = World.from_torchrun(os.environ, num_gpus=torch.cuda.device_count())
+    monitor = PlainMonitor(speaks=world.is_main)
+    monitor.install_signal_handlers()
+    try:
+        loaded = load_recipe(arguments[0], arguments[1:], environ=os.environ)
+        run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments)))
+    except FtlaunchError as error:
+        if world.is_main:
+            sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

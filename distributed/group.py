@@ -1,0 +1,97 @@
+"""The process group, and the few words that ranks exchange outside the strategies.
+
+Control traffic has a gloo group of its own, so that it needs no GPU, and so that a long save or a slow reader on one
+rank is not mistaken for a hang of the training collectives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .checkpoint.peers import Peers
+from .world import World
+
+T = TypeVar("T")
+
+TRAINING_TIMEOUT = timedelta(minutes=10)
+CONTROL_TIMEOUT = timedelta(minutes=60)
+"""A first read of a large index, or a save over a slow link, may keep one rank busy this long."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """All ranks of a run, for control."""
+
+    world: World
+    peers: Peers
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over all ranks, in fp64: counts are exact up to 2^53."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world.size > 1:
+            dist.all_reduce(tensor, group=self.peers.group)
+        return list(tensor.tolist())
+
+    def act_and_sum(
+        self, act: Callable[[], tuple[T, Sequence[float]]], width: int, doing: str
+    ) -> tuple[T, list[float]]:
+        """Everybody acts and gives `width` numbers; returns the own result and the numbers' sums.
+
+        What one rank fails at, all ranks fail at. It costs one small reduction: only when somebody failed do the ranks
+        talk about it.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        numbers: Sequence[float] = [0.0] * width
+        try:
+            result, numbers = act()
+        except Exception as error:
+            failure = error
+        *sums, failures = self.sum([*numbers, failure is not None])
+        if failures:
+            with self.peers.together(doing):
+                if failure is not None:
+                    raise failure
+        return result, sums  # type: ignore[return-value]
+
+    def from_main(self, make: Callable[[], T], doing: str) -> T:
+        """What rank 0 makes, on every rank. An error of rank 0 is raised on all."""
+        made: T | None = None
+        with self.peers.together(doing):
+            if self.world.is_main:
+                made = make()
+        return self.peers.broadcast(made)  # type: ignore[no-any-return]
+
+
+def start(world: World, rendezvous: str) -> Group:
+    """Form the process groups. `rendezvous` is "env://" or "tcp://HOST:PORT"; a world of one needs none."""
+    backend = "cpu:gloo,cuda:nccl" if world.device.startswith("cuda") else "gloo"
+    if world.device.startswith("cuda"):
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() // world.local_size)))
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TRAINING_TIMEOUT)
+    else:
+        dist.init_process_group(
+            backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=TRAINING_TIMEOUT
+        )
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return Group(world, Peers(world.rank, world.size, control))
+
+
+def stop() -> None:
+    """Take the process groups down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

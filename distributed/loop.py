@@ -1,0 +1,173 @@
+"""The training loop. It reads like a table of contents: no branch on method, strategy or cluster is taken here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..recipes.errors import UserError
+from ..recipes.methods.base import Method, Models
+from ..recipes.schema import Recipe
+from .batch import on_device, seed_dropout
+from .data.stream import MicroBatch, StepBatches, Stream
+from .evaluate import Evaluator
+from .group import Group
+from .metrics import Recorder, Stopwatch, memory_bytes
+from .monitor import Monitor
+from .saver import Saver
+from .schedule import Extent, is_bounded_by_data, learning_rate, progress
+from .strategies.base import Engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Run:
+    """Everything one rank trains with, built by `entry`."""
+
+    recipe: Recipe
+    group: Group
+    method: Method
+    models: Models
+    engine: Engine
+    stream: Stream
+    evaluator: Evaluator
+    saver: Saver
+    monitor: Monitor
+    recorder: Recorder | None
+    """Only on rank 0."""
+    extent: Extent
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all ranks, known before any forward pass of the step."""
+
+    weight: float
+    num_bins: int
+    num_tokens: int
+    served_bytes: int
+    stop: bool
+
+
+def train(run: Run) -> str:
+    """Train to the end of the run; "finished", "stopped_early" or "interrupted".
+
+    Raises UserError when the loss is no longer a number; the weights stay those of the last good step.
+    """
+    if run.extent.steps == 0 and run.recipe.evaluate.at_start:
+        run.evaluator.measure(run.extent.steps)
+    outcome = _steps(run)
+    if outcome != "interrupted" and run.recipe.evaluate.at_end:
+        run.evaluator.measure(run.extent.steps)
+    run.saver.save(run.extent)
+    return outcome
+
+
+def _steps(run: Run) -> str:
+    watch = Stopwatch()
+    while not _is_over(run):
+        batches, totals = _agree_on_step(run)
+        if totals.num_bins == 0:
+            return "finished"
+        after = run.extent.after(tokens=totals.num_tokens, served_bytes=totals.served_bytes)
+        rate = learning_rate(run.recipe.train, run.extent, after, run.stream.total_bytes)
+        loss, norm = _optimizer_step(run, batches, totals, rate)
+        run.extent = after
+        _record(run, batches, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
+        if _is_due(run.recipe.evaluate.every_steps, after.steps):
+            run.evaluator.measure(after.steps)
+            if run.evaluator.should_stop_early():
+                return "stopped_early"
+        if run.evaluator.has_new_best() or _is_due(run.recipe.checkpoint.every_steps, after.steps):
+            run.saver.save(after)
+        if totals.stop:
+            return "interrupted"
+    return "finished"
+
+
+def _is_over(run: Run) -> bool:
+    # A run bounded by its data ends with its last bin: progress reaches 1 a little before that.
+    return not is_bounded_by_data(run.recipe.train) and progress(run.recipe.train, run.extent, 0) >= 1.0
+
+
+def _is_due(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
+    """This rank's micro-batches, and what the whole step adds up to. A reader's error stops every rank."""
+
+    def read() -> tuple[StepBatches, list[float]]:
+        step = run.stream.next_step()
+        weight = sum(run.method.weight(micro.batch) for micro in step.micro_batches)
+        return step, [weight, step.num_bins, step.num_tokens, step.served_bytes, run.monitor.stop_requested()]
+
+    batches, sums = run.group.act_and_sum(read, width=5, doing="reading training data")
+    totals = StepTotals(sums[0], int(sums[1]), int(sums[2]), int(sums[3]), stop=bool(sums[4]))
+    if totals.num_bins and not totals.weight:
+        raise UserError(f"step {run.extent.steps + 1}: no token of the whole global batch is supervised.")
+    return batches, totals
+
+
+def _optimizer_step(run: Run, batches: StepBatches, totals: StepTotals, rate: float) -> tuple[float, float]:
+    """One update from one sum divided by one weight; (loss, gradient norm before clipping)."""
+    run.engine.set_learning_rate(rate)
+    run.engine.module.train()
+    losses = [
+        _micro_batch(run, micro, totals.weight, last=index == len(batches.micro_batches) - 1)
+        for index, micro in enumerate(batches.micro_batches)
+    ]
+    norm = run.engine.step()
+    loss = run.group.sum([float(torch.stack(losses).double().sum())])[0] / totals.weight
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        _stop_at_nan(run, batches, losses, loss, norm, rate)
+    return loss, norm
+
+
+def _micro_batch(run: Run, micro: MicroBatch, weight: float, *, last: bool) -> Tensor:
+    seed_dropout(run.recipe.train.seed, run.extent.steps, micro.first_bin)
+    terms = run.method.loss(run.models, on_device(micro.batch, run.group.world.device))
+    run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
+    return terms.loss_sum.detach()
+
+
+def _stop_at_nan(
+    run: Run, batches: StepBatches, losses: Sequence[Tensor], loss: float, norm: float, rate: float
+) -> None:
+    """Name the step and its rows; the last checkpoint stays as it is."""
+    broken = [
+        micro.batch.rows
+        for micro, value in zip(batches.micro_batches, losses, strict=True)
+        if not math.isfinite(float(value))
+    ] or [micro.batch.rows for micro in batches.micro_batches]
+    mine = [str(row) for rows in broken for sequence in rows for row in sequence]
+    rows = [row for part in run.group.peers.gather(mine[:20]) for row in part][:20]
+    raise UserError(
+        f"step {run.extent.steps + 1}: the loss is {loss} and the gradient norm {norm} at learning rate {rate:.3g}. "
+        "The weights were not changed, and the last checkpoint is kept. Rows of the batch:\n  "
+        + "\n  ".join(rows)
+        + "\nLook at these rows; lower train.learning_rate; set train.max_grad_norm."
+    )
+
+
+def _record(run: Run, batches: StepBatches, totals: StepTotals, values: dict[str, float]) -> None:
+    if run.recorder is None:
+        return
+    run.recorder.step(
+        run.extent.steps,
+        {
+            **values,
+            "progress": progress(run.recipe.train, run.extent, run.stream.total_bytes),
+            "tokens": run.extent.tokens,
+            "supervised_tokens": totals.weight,
+            "tokens_per_s": totals.num_tokens / values["step_s"],
+            "data_wait_s": batches.data_wait_s,
+            "memory_bytes": memory_bytes(run.group.world),
+        },
+    )

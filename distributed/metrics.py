@@ -1,0 +1,171 @@
+"""What a run says about itself: metrics.jsonl, events.jsonl, TensorBoard, W&B, and the monitor. Rank 0 only."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from ..recipes.schema import Recipe
+from . import storage
+from .attempt import Attempt
+from .data import counters
+from .monitor import Monitor
+from .run_directory import EventLog, RunDirectory
+from .world import World
+
+
+class Tracker(Protocol):
+    """Somewhere else that numbers go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """TensorBoard event files in the run directory (local runs; elsewhere they would have to be rewritten whole)."""
+
+    def __init__(self, directory: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(directory)  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases, continued by the next attempt of the same run."""
+
+    def __init__(self, recipe: Recipe, run_url: str) -> None:
+        import wandb
+
+        assert recipe.track.wandb is not None
+        self._run = wandb.init(
+            project=recipe.track.wandb.project,
+            entity=recipe.track.wandb.entity,
+            name=recipe.name,
+            id=hashlib.blake2b(run_url.encode(), digest_size=8).hexdigest(),
+            resume="allow",
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@dataclass
+class Recorder:
+    """Writes what happens down, and passes it on to whoever watches."""
+
+    run: RunDirectory
+    attempt: int
+    monitor: Monitor
+    events: EventLog
+    trackers: tuple[Tracker, ...]
+
+    @classmethod
+    def open(cls, recipe: Recipe, attempt: Attempt, monitor: Monitor) -> Recorder:
+        """The recorder of an attempt, with the trackers that `track:` asks for."""
+        run = attempt.run
+        recorder = cls(run, attempt.number, monitor, run.open_events(attempt.number), open_trackers(recipe, run.url))
+        for note in attempt.notes:
+            recorder.message(note, level="warning")
+        return recorder
+
+    def phase(self, name: str) -> None:
+        """A part of the run begins."""
+        self.monitor.emit({"kind": "phase", "phase": name})
+        self.events.record("phase", phase=name)
+
+    def message(self, text: str, level: str = "info") -> None:
+        """Something the user should read."""
+        self.monitor.emit({"kind": "message", "text": text, "level": level})
+        self.events.record("message", text=text, level=level)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """An optimizer step was taken."""
+        self.run.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, **values})
+        self.monitor.emit({"kind": "step", "step": step, **values})
+        self._track(step, {f"train/{name}": value for name, value in values.items()})
+        self.run.heartbeat(self.attempt, step)
+
+    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Held-out losses were measured."""
+        self.run.metrics.append({"kind": "evaluation", "step": step, "attempt": self.attempt, "losses": dict(losses)})
+        self.monitor.emit({"kind": "evaluation", "step": step, "losses": dict(losses)})
+        self._track(step, {f"eval/{name}": value for name, value in losses.items()})
+
+    def data(self, step: int, counts: counters.Counts) -> None:
+        """Counts per source so far."""
+        sources = {source: _nested(numbers) for source, numbers in counts.items()}
+        self.run.metrics.append({"kind": "data", "step": step, "attempt": self.attempt, "sources": sources})
+
+    def checkpoint(self, step: int, path: str, seconds: float) -> None:
+        """A checkpoint was committed."""
+        self.monitor.emit({"kind": "checkpoint", "step": step, "path": path, "seconds": seconds})
+        self.events.record("checkpoint", step=step, path=path, seconds=seconds)
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        """Bring everything to storage."""
+        self.run.metrics.close()
+        self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def open_trackers(recipe: Recipe, run_url: str) -> tuple[Tracker, ...]:
+    """What `track:` asks for."""
+    trackers: list[Tracker] = []
+    if recipe.track.tensorboard and storage.is_local(run_url):
+        trackers.append(TensorBoard(storage.join(run_url, "tensorboard")))
+    if recipe.track.wandb is not None:
+        trackers.append(WeightsAndBiases(recipe, run_url))
+    return tuple(trackers)
+
+
+def _nested(numbers: Mapping[str, int]) -> dict[str, Any]:
+    """{"rejected/REASON": n} as {"rejected": {REASON: n}}."""
+    nested: dict[str, Any] = {"rejected": {}}
+    for name, number in numbers.items():
+        kind, slash, reason = name.partition("/")
+        if slash:
+            nested[kind][reason] = number
+        else:
+            nested[kind] = number
+    return nested
+
+
+class Stopwatch:
+    """Seconds since it was last read."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def memory_bytes(world: World) -> int:
+    """Peak memory of this rank on its GPU, or its resident size on the CPU."""
+    if world.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(world.device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,78 @@
+"""Checks on the real model before the first step: is our loss the model's loss, and do packed samples stay apart?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..recipes.errors import UserError
+from ..recipes.methods.base import IGNORED
+from .group import Group
+from .initialise import keyed_seed
+from .loss_model import LossModel
+
+LENGTH = 32
+HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative. Two orders above the rounding of each dtype (2^-24, 2^-8 with cancellation over a hidden dimension), two
+below what a cap or a scale changes: that is of the order of the losses themselves."""
+
+LEAK_TOLERANCE = 1e-5
+"""Relative, in any dtype: masked positions contribute exact zeros, so the very same numbers are expected."""
+
+
+def choose_head(module: nn.Module, loss_model: LossModel, group: Group, vocabulary: int, dtype: str) -> str | None:
+    """Compare the chunked loss with the loss of the model's own logits; on a mismatch (some families scale or cap
+    logits after the head) the model's own head is used. Returns what to tell the user."""
+    input_ids = torch.randint(vocabulary, (2, LENGTH), generator=_generator())
+    batch = _batch(input_ids, torch.arange(LENGTH).expand(2, -1), input_ids.roll(-1, 1), group)
+    module.eval()
+    with torch.no_grad():
+        difference = _relative_difference(module(batch), module(batch, "own_losses"))
+    worst = max(group.peers.gather(difference))
+    if worst <= HEAD_TOLERANCE[dtype]:
+        return None
+    loss_model.use_own_head = True
+    return (
+        f"This model changes its logits after the head (relative difference {worst:.1e}); its own head is used, which "
+        "holds the logits of a whole micro-batch in memory."
+    )
+
+
+def check_packing(module: nn.Module, group: Group, vocabulary: int, model_type: str) -> None:
+    """Refuse packing for models whose samples see each other.
+
+    What sample B becomes must not change when the sample packed before it does. No influence forward means no
+    gradient backward, and a forward pass is all that this takes under every strategy. Raises UserError.
+    """
+    generator = _generator()
+    first, other, second = (torch.randint(vocabulary, (LENGTH,), generator=generator) for _ in range(3))
+    module.eval()
+    with torch.no_grad():
+        one, two = (_second_half(module, torch.cat([before, second]), group) for before in (first, other))
+    worst = max(group.peers.gather(_relative_difference(one, two)))
+    if worst > LEAK_TOLERANCE:
+        raise UserError(
+            f"data.packing: in models of type {model_type!r} packed samples see each other (relative difference "
+            f"{worst:.1e}), so that they would be trained on something else than you wrote. Set data.packing: false."
+        )
+
+
+def _second_half(module: nn.Module, input_ids: Tensor, group: Group) -> Tensor:
+    positions = torch.arange(LENGTH).repeat(2)
+    batch = _batch(input_ids[None], positions[None], torch.full_like(input_ids, IGNORED)[None], group)
+    hidden: Tensor = module(batch, "hidden_states")
+    return hidden[:, LENGTH:]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(keyed_seed("probe"))
+
+
+def _batch(input_ids: Tensor, position_ids: Tensor, targets: Tensor, group: Group) -> dict[str, Tensor]:
+    tensors = {"input_ids": input_ids, "position_ids": position_ids, "targets": targets}
+    return {name: tensor.to(group.world.device) for name, tensor in tensors.items()}
+
+
+def _relative_difference(a: Tensor, b: Tensor) -> float:
+    scale = float(b.float().abs().max())
+    return float((a.float() - b.float()).abs().max()) / scale if scale else 0.0

@@ -1,0 +1,171 @@
+"""Drives one run from this process: brings the cluster up, starts the ranks through Ray Train, shows progress, passes
+Ctrl-C on, and says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..cluster.base import Cluster, Demand, Endpoint
+from ..cluster.table import build_cluster
+from ..recipes.errors import InfrastructureError, UserError
+from ..recipes.load import LoadedRecipe
+from .control import Control, Ending
+from .hardware import Machine, this_machine
+from .plan_world import WorldPlan, plan_world
+from .unknown import Unknown
+from .view import View, make_view
+
+POLL_S = 0.2
+MAX_RESTARTS = 3
+"""Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
+
+
+def demand(world: WorldPlan, machine: Machine) -> Demand:
+    """What a world asks of a cluster. Ray hands a rank as many threads as it has cores."""
+    return Demand(
+        nodes=world.nodes,
+        ranks=world.ranks,
+        uses_gpus=world.device == "cuda",
+        cpus_per_rank=max(1, machine.cores // world.ranks),
+    )
+
+
+def run_local(loaded: LoadedRecipe, console: Console) -> int:
+    """Train and show it; the exit code. Raises UserError and InfrastructureError with what went wrong."""
+    machine = this_machine()
+    world = plan_world(loaded.recipe.cluster, machine)
+    if isinstance(world, Unknown):
+        raise UserError(f"how many ranks to start is unknown: {world}")
+    with make_view(console) as view:
+        ending = supervise(loaded, demand(world, machine), view)
+    if ending.exit_code == UserError.exit_code:
+        raise UserError(ending.message)
+    if ending.message:
+        console.print(Text(ending.message), soft_wrap=True, highlight=False)
+    return ending.exit_code
+
+
+def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:
+    """Train; returns how it ended. Raises UserError and InfrastructureError for what never started."""
+    cluster = build_cluster(loaded.recipe.cluster, wanted)
+    if problems := cluster.problems():
+        raise UserError("\n".join(problems))
+    view.update({"kind": "phase", "phase": "starting Ray"})
+    with _up(cluster) as endpoint:
+        return _Training(loaded, wanted, endpoint, view).run()
+
+
+@contextlib.contextmanager
+def _up(cluster: Cluster) -> Iterator[Endpoint]:
+    try:
+        yield cluster.up()
+    finally:
+        cluster.down()
+
+
+@dataclass
+class _Training:
+    loaded: LoadedRecipe
+    demand: Demand
+    endpoint: Endpoint
+    view: View
+    error: BaseException | None = None
+    _interrupts: int = 0
+    _control: Any = field(default=None)
+
+    def run(self) -> Ending:
+        import ray
+
+        # "ray.remote" as a function: the actor's class stays a plain one that tests use without Ray.
+        self._control = ray.remote(num_cpus=0)(Control).remote()
+        fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        with _interrupts_to(self._on_interrupt):
+            fit.start()
+            ending = self._watch(fit)
+        if ending is None:
+            raise InfrastructureError(f"the ranks failed and could not be started again: {self.error}")
+        return ending
+
+    def _watch(self, fit: threading.Thread) -> Ending | None:
+        import ray
+
+        ending = None
+        while True:
+            fit.join(POLL_S)
+            over = not fit.is_alive()
+            events, ending = ray.get(self._control.take.remote())
+            for event in events:
+                self.view.update(event)
+            if over:
+                return ending
+
+    def _on_interrupt(self) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.view.update({"kind": "message", "level": "warning", "text": "stopping after this step; again: at once"})
+        self._control.request_stop.remote()
+
+    def _fit(self) -> None:
+        """In a thread, because Ray Train's own Ctrl-C handling, which aborts, installs itself in the main one."""
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        try:
+            with tempfile.TemporaryDirectory(prefix="ftlaunch-ray-") as storage:
+                self._trainer(Path(storage)).fit()
+        except Exception as error:  # handed to the main thread
+            self.error = error
+
+    def _trainer(self, storage: Path) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        from .worker import RendezvousConfig, WorkerConfig, train_worker
+
+        worker = WorkerConfig(
+            loaded=self.loaded,
+            control=self._control,
+            command=tuple(sys.argv),
+            folder=str(Path.cwd()),
+            uses_gpus=self.demand.uses_gpus,
+        )
+        return DataParallelTrainer(
+            train_worker,
+            train_loop_config={"worker": worker},
+            backend_config=RendezvousConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=self.demand.ranks,
+                use_gpu=self.demand.uses_gpus,
+                resources_per_worker=self.demand.resources_per_rank,
+            ),
+            run_config=RunConfig(
+                name=self.loaded.recipe.name,
+                # Ray Train's own state is of no use after this process; ours is in the run directory.
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+            ),
+        )
+
+
+@contextlib.contextmanager
+def _interrupts_to(handle: Any) -> Iterator[None]:
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        handle()
+
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

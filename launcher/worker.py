@@ -1,0 +1,130 @@
+"""One rank under Ray Train: Ray's context becomes a `World`, and the rank's program runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray
+import ray.train
+from ray.train import BackendConfig
+from ray.train.backend import Backend
+
+from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted
+from .control import Ending, RayMonitor
+
+if TYPE_CHECKING:
+    from ..recipes.load import LoadedRecipe
+
+RENDEZVOUS = "FTLAUNCH_RENDEZVOUS"
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What every rank is told. `folder` is where the user's relative paths begin."""
+
+    loaded: LoadedRecipe
+    control: Any
+    command: tuple[str, ...]
+    folder: str
+    uses_gpus: bool
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker.
+
+    A mistake of the user's ends the run at once: it is told to the launcher and not raised, because Ray Train would
+    start the workers again. Anything else is raised, and they are.
+    """
+    worker: WorkerConfig = config["worker"]
+    if os.path.isdir(worker.folder):  # noqa: PTH112 - pathlib has no chdir before 3.11's contextlib one
+        os.chdir(worker.folder)
+    context = ray.train.get_context()
+    monitor = RayMonitor(worker.control, speaks=context.get_world_rank() == 0)
+    ending = _run(worker, context, monitor)
+    if context.get_world_rank() == 0:
+        ray.get(worker.control.end.remote(ending))
+
+
+def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
+    from ..distributed.entry import Job, run_rank
+
+    job = Job(
+        worker.loaded, _world(context, uses_gpus=worker.uses_gpus), os.environ[RENDEZVOUS], monitor, worker.command
+    )
+    try:
+        return Ending(run_rank(job))
+    except InfrastructureError:
+        raise
+    except Interrupted as error:
+        return Ending("interrupted", str(error), error.exit_code)
+    except FtlaunchError as error:
+        return Ending("failed", str(error), error.exit_code)
+
+
+def _world(context: Any, *, uses_gpus: bool) -> Any:
+    from ..distributed.world import World
+
+    return World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_size=context.get_local_world_size(),
+        node_rank=context.get_node_rank(),
+        num_nodes=max(1, context.get_world_size() // context.get_local_world_size()),
+        device=_device() if uses_gpus else "cpu",
+    )
+
+
+def _device() -> str:
+    from ray.train.torch import get_device
+
+    return str(get_device())
+
+
+@dataclass
+class RendezvousConfig(BackendConfig):
+    """Tells every worker where rank 0 listens, and which network interface carries its Ray address. The process group
+    itself is formed by the rank's program: Ray's own backend would form it before interfaces can be chosen."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return RendezvousBackend
+
+
+class RendezvousBackend(Backend):
+    """See `RendezvousConfig`."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_prepare_network, address)
+
+
+def _free_address() -> str:
+    host = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
+        port = listener.getsockname()[1]
+    return f"tcp://[{host}]:{port}" if family == socket.AF_INET6 else f"tcp://{host}:{port}"
+
+
+def _prepare_network(rendezvous: str) -> None:
+    os.environ[RENDEZVOUS] = rendezvous
+    interface = interface_of(ray.util.get_node_ip_address())
+    if interface is not None:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that carries an address; gloo would otherwise resolve the host name, often to loopback."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return str(name)
+    return None
