@@ -40,7 +40,9 @@ def wheel_names(root, files, tmp_path_factory):
 def test_the_wheel_holds_the_package_and_nothing_else(root, files, sources, wheel_names):
     code = {source.name for source in sources if source.name in files}
     data = {
-        name for name in files if name.startswith(("recipes/", "launcher/")) and name.endswith((".yaml", ".html.j2"))
+        name
+        for name in files
+        if name.startswith(("recipes/", "launcher/")) and name.endswith((".yaml", ".json", ".j2"))
     }
     shipped = {name for name in wheel_names if ".dist-info/" not in name}
     assert shipped == {f"ftlaunch/{name}" for name in code | data}
