@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -147,6 +148,7 @@ class LaneOrder:
         self._seed = seed
         self._shuffle = shuffle
         self._layouts: dict[int, tuple[Int64s, Int64s]] = {}
+        self._lock = threading.Lock()  # the streams of a rank share a lane's order
 
     def block_bytes(self, block: int) -> int:
         """Bytes of a block."""
@@ -183,15 +185,18 @@ class LaneOrder:
 
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s]:
         """Blocks in served order and where each one ends, in bytes. Two epochs are kept: streams drift apart."""
-        if epoch not in self._layouts:
-            while len(self._layouts) > 1:
-                del self._layouts[next(iter(self._layouts))]
-            count = len(self._block_bytes)
-            order = np.arange(count, dtype=np.int64)
-            if self._shuffle:
-                order = permute(order, count, derive_key(self._seed, "blocks", self.name, epoch))
-            self._layouts[epoch] = order, np.cumsum(self._block_bytes[order])
-        return self._layouts[epoch]
+        with self._lock:
+            if epoch not in self._layouts:
+                while len(self._layouts) > 1:
+                    del self._layouts[next(iter(self._layouts))]
+                self._layouts[epoch] = self._lay_out(epoch)
+            return self._layouts[epoch]
+
+    def _lay_out(self, epoch: int) -> tuple[Int64s, Int64s]:
+        order = np.arange(len(self._block_bytes), dtype=np.int64)
+        if self._shuffle:
+            order = permute(order, len(order), derive_key(self._seed, "blocks", self.name, epoch))
+        return order, np.cumsum(self._block_bytes[order])
 
 
 def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:

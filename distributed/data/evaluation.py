@@ -1,0 +1,74 @@
+"""Evaluation: every row once, in file order, at any world size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...recipes.schema import Data
+from . import counters
+from .formats import BlockCache
+from .held_out import held_out
+from .index import Index
+from .lanes import LaneReader, RowReader
+from .logical import Encode, Lane, LogicalStream
+from .order import LaneOrder
+from .stream import ALL_SOURCES, Collate, MicroBatch, collated_length
+
+
+class EvalBatches:
+    """An iterator over one rank's micro-batches of an eval set; ranks may have different numbers of them.
+
+    Rank r reads the r-th of `world_size` parts of equal bytes. With `held_out_fraction`, `index` is of training
+    data and only its held-out rows are served. Every bin is packed as in training. `counters` are complete at the end.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        data: Data,
+        world_rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        encode: Encode,
+        collate: Collate,
+        held_out_fraction: float | None = None,
+    ) -> None:
+        self._cache = BlockCache(index.read_block)
+        self._collate = collate
+        self._sequence_length = data.sequence_length
+        self._micro_batch_size = micro_batch_size
+        rows = RowReader(index, self._cache)
+        order = LaneOrder(ALL_SOURCES, index.block_bytes, streams=world_size, seed=0, shuffle=False)
+
+        def keep(row: Mapping[str, Any]) -> bool:
+            return held_out_fraction is None or held_out(row, held_out_fraction)
+
+        reader = LaneReader(order, np.arange(index.num_blocks), stream=world_rank, rows=rows, keep=keep, max_epochs=1)
+        self._stream = LogicalStream([Lane(ALL_SOURCES, reader, 1, True)], rows, data, encode)
+
+    @property
+    def counters(self) -> counters.Counts:
+        """Rows, tokens and rejections of this rank so far."""
+        return counters.copy(self._stream.counts)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        number = 0
+        try:
+            while True:
+                bins = [self._stream.next_bin().samples for _ in range(self._micro_batch_size)]
+                if not bins[0]:
+                    return
+                yield MicroBatch(self._collate(bins, collated_length(bins, self._sequence_length)), number)
+                number += self._micro_batch_size
+        finally:
+            self._cache.close()
+
+
+def empty_batch(micro_batch_size: int, data: Data, collate: Collate) -> MicroBatch:
+    """What a rank that has run out of rows computes while others have not: all padding, no weight."""
+    bins: list[list[Any]] = [[] for _ in range(micro_batch_size)]
+    return MicroBatch(collate(bins, collated_length(bins, data.sequence_length)), 0)

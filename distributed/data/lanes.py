@@ -1,0 +1,189 @@
+"""Reading a lane: from a position in the order to the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...recipes.errors import UserError
+from ...recipes.formats import REQUIRED
+from .block import Block
+from .formats import BlockCache
+from .index import Index
+from .order import Int64s, LaneOrder, Segment, slice_rows
+
+Row = dict[str, Any]
+
+
+class Position(NamedTuple):
+    """Where a stream is in a lane. `kept_epoch`: the last epoch in which it kept a row."""
+
+    epoch: int = 0
+    slice: int = 0
+    offset: int = 0
+    kept_epoch: int = 0
+
+
+class Drawn(NamedTuple):
+    """A row and where it lies."""
+
+    block: int
+    row: int
+    values: Row
+
+
+class Window(NamedTuple):
+    """The rows that are shuffled together: those at `order[offset:]` are still to come."""
+
+    slices: int
+    nbytes: int
+    blocks: list[int]
+    decoded: list[Block]
+    place: Int64s
+    """[rows] which of `blocks`, in served order."""
+    row: Int64s
+    """[rows] row within its block, in served order."""
+
+
+class RowReader:
+    """Rows by (block, row), with their standard column names."""
+
+    def __init__(self, index: Index, cache: BlockCache) -> None:
+        self.index = index
+        self.cache = cache
+
+    def values(self, decoded: Block, block: int, row: int) -> Row:
+        """One row. Raises UserError when a needed column is missing or null."""
+        source = self.index.sources[int(self.index.block_source[block])]
+        raw = decoded.row(row)
+        values = source.standard_row(raw)
+        for column in REQUIRED[source.format]:
+            if values.get(column) is None:
+                name = source.columns.get(column, column)
+                raise UserError(
+                    f"{self.index.row_id(block, row)}: no value for '{name}', which format {source.format} needs. "
+                    f"Columns there: {', '.join(raw)}."
+                )
+        return values
+
+    def read(self, block: int, row: int) -> Drawn:
+        """One row by its address."""
+        return Drawn(block, row, self.values(self.cache.get(block), block, row))
+
+
+class LaneReader:
+    """One stream's way through one lane.
+
+    `block_ids` [blocks of the lane]: their numbers in the index. `max_epochs` None: for ever, unless no row was
+    kept for so many epochs that every segment must have come by.
+    """
+
+    def __init__(
+        self,
+        order: LaneOrder,
+        block_ids: Int64s,
+        *,
+        stream: int,
+        rows: RowReader,
+        keep: Callable[[Row], bool],
+        max_epochs: int | None,
+    ) -> None:
+        self._order = order
+        self._block_ids = block_ids
+        self._stream = stream
+        self._rows = rows
+        self._keep = keep
+        self._max_epochs = max_epochs
+        self._window: Window | None = None
+        self._segment: Segment | None = None
+        self._bytes_of_epochs = 0
+        self.position = Position()
+        self.streams = order.streams
+
+    def restore(self, position: Position) -> None:
+        """Go on from there."""
+        self.position = position
+        self._window = self._segment = None
+        self._bytes_of_epochs = sum(self._order.segment_bytes(self._stream, epoch) for epoch in range(position.epoch))
+
+    def draw(self) -> Drawn | None:
+        """The next row that is kept; None when the lane has ended for this stream."""
+        while not self._ended():
+            window = self._open_window()
+            if window is None:
+                self._next_epoch()
+                continue
+            if self.position.offset == len(window.row):
+                self._next_window(window)
+                continue
+            drawn = self._take(window)
+            if self._keep(drawn.values):
+                self.position = self.position._replace(kept_epoch=self.position.epoch)
+                return drawn
+        return None
+
+    def served_bytes(self) -> int:
+        """Bytes of the order that lie behind; a window's in proportion to its rows."""
+        if self._ended() or self._segment is None:
+            return self._bytes_of_epochs
+        served = self._bytes_of_epochs + self._segment.bytes_before(self.position.slice)
+        if self._window is not None and len(self._window.row):
+            served += self._window.nbytes * self.position.offset // len(self._window.row)
+        return served
+
+    def total_bytes(self) -> int:
+        """Bytes this stream serves in all its epochs; 0 when they have no end."""
+        return sum(self._order.segment_bytes(self._stream, epoch) for epoch in range(self._max_epochs or 0))
+
+    def _ended(self) -> bool:
+        epoch = self.position.epoch
+        if self._max_epochs is not None and epoch >= self._max_epochs:
+            return True
+        return epoch - self.position.kept_epoch > self._order.streams + 8
+
+    def _take(self, window: Window) -> Drawn:
+        offset = self.position.offset
+        place, row = int(window.place[offset]), int(window.row[offset])
+        self.position = self.position._replace(offset=offset + 1)
+        block = window.blocks[place]
+        return Drawn(block, row, self._rows.values(window.decoded[place], block, row))
+
+    def _open_window(self) -> Window | None:
+        """The window at the position, decoded; None at a segment's end. The one after it is asked for ahead."""
+        if self._window is not None:
+            return self._window
+        if self._segment is None:
+            self._segment = self._order.segment(self._stream, self.position.epoch)
+        first = self.position.slice
+        if first >= len(self._segment):
+            return None
+        self._window = self._decode(self._segment, first)
+        ahead = self._segment.window(first + self._window.slices)
+        self._rows.cache.prefetch(int(self._block_ids[piece.block]) for piece in ahead)
+        return self._window
+
+    def _decode(self, segment: Segment, first: int) -> Window:
+        slices = segment.window(first)
+        blocks = [int(self._block_ids[piece.block]) for piece in slices]
+        self._rows.cache.prefetch(blocks)
+        decoded = [self._rows.cache.get(block) for block in blocks]
+        ranges = [
+            slice_rows(piece, self._order.block_bytes(piece.block), block.num_rows)
+            for piece, block in zip(slices, decoded, strict=True)
+        ]
+        place = np.repeat(np.arange(len(ranges)), [len(rows) for rows in ranges])
+        row = np.concatenate([np.arange(rows.start, rows.stop) for rows in ranges])
+        order = self._order.window_order(self._stream, self.position.epoch, first, len(row))
+        nbytes = sum(piece.nbytes for piece in slices)
+        return Window(len(slices), nbytes, blocks, decoded, place[order], row[order])
+
+    def _next_window(self, window: Window) -> None:
+        self._window = None
+        self.position = self.position._replace(slice=self.position.slice + window.slices, offset=0)
+
+    def _next_epoch(self) -> None:
+        self._bytes_of_epochs += self._order.segment_bytes(self._stream, self.position.epoch)
+        self._segment = None
+        self.position = self.position._replace(epoch=self.position.epoch + 1, slice=0, offset=0)

@@ -1,0 +1,425 @@
+"""The stream's guarantees, through real files. Row identity is read back from token ids of collated batches."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftlaunch.distributed.data import order
+from ftlaunch.distributed.data.evaluation import EvalBatches
+from ftlaunch.distributed.data.held_out import held_out
+from ftlaunch.distributed.data.index import build_index
+from ftlaunch.distributed.data.stream import open_stream, share_of
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.methods.base import IGNORED, Batch, Rejected, RowId, Sample
+from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train, TrainSource
+
+NOWHERE = RowId("", "", 0, 0)
+
+
+def encode(row, row_format):
+    """A row "ID LENGTH" becomes LENGTH + 1 tokens ID, LENGTH of them targets; length 0 is refused."""
+    number, length = map(int, row["text"].split())
+    if length == 0:
+        return Rejected("empty", "length 0")
+    return Sample(np.full(length + 1, number, np.int32), np.ones(length + 1, bool), NOWHERE)
+
+
+def collate(bins, length):
+    ids = np.full((len(bins), length), -1, np.int64)
+    positions, targets = np.zeros_like(ids), np.full_like(ids, IGNORED)
+    for place, samples in enumerate(bins):
+        at = 0
+        for sample in samples:
+            stop = at + len(sample)
+            ids[place, at:stop] = sample.input_ids
+            positions[place, at:stop] = np.arange(len(sample))
+            targets[place, at : stop - 1] = sample.input_ids[1:]
+            at = stop
+    rows = tuple(tuple(sample.row for sample in samples) for samples in bins)
+    return Batch(ids, positions, targets, rows, int((ids >= 0).sum()))
+
+
+class Source(NamedTuple):
+    lengths: list[list[int]]
+    """[files][rows]"""
+    kind: str
+    weight: float | None = None
+
+
+def write(folder, sources):
+    """Files of rows "ID LENGTH", numbered through all sources. Returns the sources and each one's ids."""
+    number, recipes, ids = 0, [], []
+    for s, source in enumerate(sources):
+        place = Path(folder) / f"s{s}"
+        place.mkdir()
+        first = number
+        for f, lengths in enumerate(source.lengths):
+            texts = [f"{number + i} {length}" for i, length in enumerate(lengths)]
+            number += len(texts)
+            if source.kind == "parquet":
+                pq.write_table(
+                    pa.table({"text": pa.array(texts, pa.string())}), place / f"{f}.parquet", row_group_size=5
+                )
+            else:
+                lines = [json.dumps({"text": text, "pad": "é" * (len(text) * 3 % 17)}) for text in texts]
+                (place / f"{f}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        recipes.append(TrainSource(path=str(place), format="text", weight=source.weight))
+        ids.append(set(range(first, number)))
+    return tuple(recipes), ids
+
+
+class Case(NamedTuple):
+    """A recipe over tiny files."""
+
+    index: object
+    recipe: Recipe
+    streams: int
+    ids: list[set[int]]
+
+    def open(self, rank=0, world=1):
+        return open_stream(
+            index=self.index, recipe=self.recipe, world_rank=rank, world_size=world, streams=self.streams,
+            encode=encode, collate=collate,
+        )  # fmt: skip
+
+
+def make_case(folder, sources, *, streams, bins_per_stream=1, train=None, data=None):
+    recipes, ids = write(folder, sources)
+    index = build_index(recipes, [f"s{i}" for i in range(len(recipes))], block_bytes=64)
+    data = {"sequence_length": 16, "pack_buffer": 4, **(data or {})}
+    train = {"global_batch_size": streams * bins_per_stream, "seed": 3, **(train or {})}
+    recipe = Recipe(name="t", model=Model(path="m"), data=Data(train=recipes, **data), train=Train(**train))
+    return Case(index, recipe, streams, ids)
+
+
+def bins_of(step):
+    """Bin number -> the token ids in it, of one rank's step."""
+    bins = {}
+    for micro in step.micro_batches:
+        for row in micro.batch.input_ids:
+            tokens = tuple(row[row >= 0].tolist())
+            if tokens:
+                bins.setdefault(micro.first_bin, []).append(tokens)
+    return bins
+
+
+class Run:
+    """All ranks of a world, stepped together."""
+
+    def __init__(self, case, world, states=None):
+        self.streams = [case.open(rank, world) for rank in range(world)]
+        if states is not None:
+            for stream in self.streams:
+                stream.restore(json.loads(json.dumps(states)))
+
+    def step(self):
+        steps = [stream.next_step() for stream in self.streams]
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        served = sum(step.served_bytes for step in steps)
+        bins = sorted(tokens for step in steps for group in bins_of(step).values() for tokens in group)
+        return bins, served, steps
+
+    def states(self):
+        union = {}
+        for stream in self.streams:
+            union |= stream.state()
+        return union
+
+    def close(self):
+        for stream in self.streams:
+            stream.close()
+
+
+def run_to_end(run, limit=10_000):
+    steps, served = [], 0
+    for _ in range(limit):
+        bins, bytes_now, _ = run.step()
+        served += bytes_now
+        if not bins:
+            run.close()
+            return steps, served
+        steps.append(bins)
+    raise AssertionError("the stream does not end")
+
+
+def rows_in(steps):
+    """Tokens of each row that came by."""
+    counts = Counter()
+    for bins in steps:
+        for tokens in bins:
+            counts.update(tokens)
+    return counts
+
+
+lengths = st.lists(st.integers(1, 20), min_size=0, max_size=14)
+files = st.lists(lengths, min_size=1, max_size=4).filter(any)
+kinds = st.sampled_from(["parquet", "jsonl"])
+slow = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+def non_empty(groups):
+    return [group for group in groups if group]
+
+
+@slow
+@given(files, kinds, st.integers(1, 6), st.integers(1, 5), st.integers(1, 2), st.integers(1, 3), st.data())
+def test_every_row_is_served_once_an_epoch_and_progress_adds_up(groups, kind, streams, world, per, epochs, data):
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(
+            folder, [Source(non_empty(groups), kind)], streams=streams, bins_per_stream=per,
+            train={"num_epochs": epochs, "micro_batch_size": data.draw(st.integers(1, 3))},
+            data={"packing": data.draw(st.booleans()), "sequence_length": 32, "shuffle": data.draw(st.booleans())},
+        )  # fmt: skip
+        steps, served = run_to_end(run := Run(case, world))
+        flat = [length for group in groups for length in group]
+        assert rows_in(steps) == {i: (length + 1) * epochs for i, length in enumerate(flat)}
+        assert served == run.streams[0].total_bytes
+
+
+@slow
+@given(files, kinds, st.sampled_from([2, 4, 6]), st.integers(1, 2), st.integers(0, 10))
+def test_the_global_batch_is_the_same_at_every_world_size(groups, kind, streams, per, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(
+            folder, [Source(non_empty(groups), kind)], streams=streams, bins_per_stream=per, train={"seed": seed}
+        )
+        worlds = [w for w in (1, 2, 3, 4, 5, 6, 8, 12) if w <= streams or per > 1]
+        results = [run_to_end(Run(case, world)) for world in worlds]
+        assert all(result == results[0] for result in results)
+
+
+@slow
+@given(
+    st.lists(files, min_size=1, max_size=3), kinds, st.integers(1, 4), st.integers(1, 5), st.integers(1, 5),
+    st.integers(0, 6), st.booleans(), st.booleans(), st.integers(0, 5),
+)  # fmt: skip
+def test_going_on_equals_not_having_stopped(sources, kind, streams, before, after, stop_at, mixed, repeat, seed):
+    weights = [0.5, 0.3, 0.2] if mixed else [None] * 3
+    made = [Source(non_empty(groups), kind, weight) for groups, weight in zip(sources, weights, strict=False)]
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(
+            folder, made, streams=streams, train={"num_epochs": 2, "seed": seed}, data={"sequence_length": 8}
+        )
+        if mixed and not repeat:
+            changed = tuple(s.model_copy(update={"repeat": False}) for s in case.recipe.data.train)
+            data = case.recipe.data.model_copy(update={"train": changed})
+            case = case._replace(recipe=case.recipe.model_copy(update={"data": data}))
+        whole, _ = run_to_end(whole_run := Run(case, 1))
+        first = Run(case, before)
+        head = [first.step()[0] for _ in range(stop_at)]
+        states = first.states()
+        first.close()
+        tail, _ = run_to_end(second := Run(case, after, states))
+        assert [bins for bins in head if bins] + tail == whole
+        assert all(len(json.dumps(state)) < 2000 for state in states.values())
+        assert second.states().keys() == {str(s) for s in range(streams)}
+        assert sum_counters(second) == sum_counters(whole_run)
+
+
+def sum_counters(run):
+    union = run.states()
+    total = Counter()
+    for state in union.values():
+        for source, counts in state["counters"].items():
+            total.update({(source, name): number for name, number in counts.items()})
+    return total
+
+
+@slow
+@given(st.integers(1, 3), st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(1, 40))
+def test_each_source_keeps_its_share_within_one_draw(streams, weights, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        made = [Source([[1] * 7, [1] * 5], "jsonl", weight / 10) for weight in weights]
+        case = make_case(
+            folder, made, streams=streams, train={"max_steps": steps}, data={"packing": False, "sequence_length": 8}
+        )
+        run = Run(case, 1)
+        counts = [Counter() for _ in range(streams)]
+        for number in range(1, steps + 1):
+            _, _, (step,) = run.step()
+            for micro in step.micro_batches:
+                row = int(micro.batch.input_ids[0, 0])
+                counts[micro.first_bin][next(i for i, ids in enumerate(case.ids) if row in ids)] += 1
+            for count in counts:
+                for source, weight in enumerate(weights):
+                    assert abs(count[source] - Fraction(number * weight, sum(weights))) < 1
+        run.close()
+
+
+def test_bins_lie_where_their_number_says(tmp_path):
+    case = make_case(tmp_path, [Source([[1] * 40], "jsonl")], streams=4, bins_per_stream=2, data={"packing": False})
+    seen = {}
+    for world in (1, 2, 4, 8):
+        run = Run(case, world)
+        placed = {}
+        for step in run.step()[2]:
+            for micro in step.micro_batches:
+                placed[micro.first_bin] = int(micro.batch.input_ids[0, 0])
+        seen[world] = placed
+        run.close()
+    assert seen[1] == seen[2] == seen[4] == seen[8]
+    assert sorted(seen[1]) == list(range(8))
+
+
+def test_bins_of_a_stream_share_a_micro_batch_at_any_world_size(tmp_path):
+    case = make_case(
+        tmp_path, [Source([[1] * 64], "jsonl")], streams=4, bins_per_stream=2, train={"micro_batch_size": 2},
+        data={"packing": False},
+    )  # fmt: skip
+    groups = []
+    for world in (1, 2, 4):
+        run = Run(case, world)
+        micros = [micro for step in run.step()[2] for micro in step.micro_batches]
+        groups.append({micro.first_bin: micro.batch.input_ids[:, 0].tolist() for micro in micros})
+        run.close()
+    assert groups[0] == groups[1] == groups[2]
+
+
+@pytest.mark.parametrize("world", [3, 5, 7])
+def test_ranks_that_do_not_divide_the_batch_get_empty_bins(tmp_path, world):
+    case = make_case(tmp_path, [Source([[4] * 30], "jsonl")], streams=4, bins_per_stream=2, data={"packing": False})
+    run = Run(case, world)
+    bins, _, steps = run.step()
+    assert len(bins) == 8
+    assert sum(step.num_bins for step in steps) == 8
+    for step in steps:
+        for micro in step.micro_batches:
+            if micro.first_bin == 8:
+                assert (micro.batch.targets == IGNORED).all()
+                assert micro.batch.num_tokens == 0
+    run.close()
+
+
+def test_every_bin_has_one_owner():
+    for streams in (1, 2, 4, 8):
+        for per in (1, 2, 3):
+            for world in range(1, 20):
+                owned = Counter()
+                for rank in range(world):
+                    share = share_of(rank, world, streams, streams * per, 2)
+                    mine = [(s, j) for s in share.streams for j in range(per) if j % share.sharers == share.place]
+                    assert len(mine) <= share.micro_batches * 2
+                    owned.update(mine)
+                assert owned == {(s, j): 1 for s in range(streams) for j in range(per)}
+    with pytest.raises(UserError, match="must divide"):
+        share_of(0, 1, 3, 8, 1)
+
+
+def test_rows_that_teach_nothing_are_counted_and_named(tmp_path):
+    case = make_case(tmp_path, [Source([[3, 0, 2, 0, 5]], "parquet")], streams=1)
+    run = Run(case, 1)
+    _, _, (step,) = run.step()
+    assert step.counters["s0"]["rejected/empty"] == 2
+    assert step.counters["s0"]["rows"] == 5
+    assert step.counters["s0"]["tokens"] == 13
+    assert sorted(row.row for row, _ in step.rejections) == [1, 3]
+    assert all(row.source == "s0" and row.file.endswith("0.parquet") for row, _ in step.rejections)
+    run.close()
+
+
+@pytest.mark.parametrize("train", [{"max_steps": 5}, {"num_epochs": 1}])
+def test_data_that_is_all_refused_ends_instead_of_spinning(tmp_path, train):
+    case = make_case(tmp_path, [Source([[0] * 9], "jsonl")], streams=2, train=train)
+    assert run_to_end(Run(case, 1))[0] == []
+
+
+def test_fewer_rows_than_streams_still_reach_every_step(tmp_path):
+    case = make_case(
+        tmp_path, [Source([[1, 1, 1]], "parquet")], streams=8, train={"max_steps": 6}, data={"packing": False}
+    )
+    run = Run(case, 2)
+    counts = Counter()
+    for _ in range(24):
+        bins, _, _ = run.step()
+        assert len(bins) == 8
+        counts.update(tokens[0] for tokens in bins)
+    run.close()
+    assert max(counts.values()) - min(counts.values()) <= 24
+
+
+def test_an_error_in_the_background_reaches_the_loop(tmp_path):
+    case = make_case(tmp_path, [Source([[1, 2]], "jsonl")], streams=1)
+    (tmp_path / "s0" / "0.jsonl").write_text('{"text": "0 1"}\n{"text": "1 x"}\n')
+    index = build_index(case.recipe.data.train, ["s0"])
+    stream = case._replace(index=index).open()
+    with pytest.raises(UserError, match=r"s0: .*0\.jsonl, block 0, row 1: invalid literal"):
+        stream.next_step()
+    stream.close()
+
+
+def test_a_shuffled_epoch_differs_from_the_next_and_unshuffled_ones_are_in_file_order(tmp_path):
+    for shuffle in (True, False):
+        folder = tmp_path / str(shuffle)
+        folder.mkdir()
+        case = make_case(
+            folder, [Source([[1] * 30, [1] * 30], "jsonl")], streams=1, train={"num_epochs": 2},
+            data={"packing": False, "shuffle": shuffle},
+        )  # fmt: skip
+        steps, _ = run_to_end(Run(case, 1))
+        first, second = [b[0][0] for b in steps[:60]], [b[0][0] for b in steps[60:]]
+        assert sorted(first) == sorted(second) == list(range(60))
+        assert (first == second == list(range(60))) is not shuffle
+
+
+def test_windows_shuffle_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "WINDOW_BYTES", 200)
+    case = make_case(tmp_path, [Source([[1] * 50] * 3, "jsonl")], streams=2)
+    steps, served = run_to_end(Run(case, 1))
+    assert rows_in(steps) == dict.fromkeys(range(150), 2)
+    assert served == case.index.block_bytes.sum()
+
+
+@slow
+@given(files, kinds, st.integers(1, 5), st.integers(1, 3))
+def test_evaluation_reads_every_row_once_in_file_order(groups, kind, world, micro):
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(folder, [Source(non_empty(groups), kind)], streams=1)
+        seen = []
+        for rank in range(world):
+            batches = EvalBatches(
+                case.index, data=case.recipe.data.model_copy(update={"packing": False}), world_rank=rank,
+                world_size=world, micro_batch_size=micro, encode=encode, collate=collate,
+            )  # fmt: skip
+            for batch, _ in batches:
+                seen += [int(row[0]) for row in batch.input_ids if row[0] >= 0]
+        assert list(dict.fromkeys(seen)) == list(range(len(case.ids[0])))
+
+
+def test_a_held_out_fraction_is_disjoint_and_complete(tmp_path):
+    recipes, ids = write(tmp_path, [Source([[2] * 300], "parquet")])
+    index = build_index(recipes, ["s0"])
+    data = Data(train=recipes, eval=EvalSplit(fraction=0.2), sequence_length=16)
+    recipe = Recipe(name="t", model=Model(path="m"), data=data, train=Train(global_batch_size=2))
+    train = set(rows_in(run_to_end(Run(Case(index, recipe, 2, ids), 2))[0]))
+    batches = EvalBatches(
+        index, data=data, world_rank=0, world_size=1, micro_batch_size=2, encode=encode, collate=collate,
+        held_out_fraction=0.2,
+    )  # fmt: skip
+    held = {int(t) for batch, _ in batches for t in batch.input_ids.flat if t >= 0}
+    assert train | held == ids[0]
+    assert not train & held
+    assert 30 < len(held) < 90
+    assert batches.counters["s0"]["rows"] == len(held)
+
+
+def test_the_held_out_side_of_a_row_is_the_same_for_ever():
+    assert [held_out({"text": str(i)}, 0.3) for i in range(12)] == HELD_OUT
+    row = {"messages": [{"role": "user", "content": "hi", "name": None}], "tools": None}
+    assert held_out(row, 0.5) == held_out({"messages": [{"content": "hi", "role": "user"}]}, 0.5)
+
+
+HELD_OUT = [False, False, False, False, False, True, False, False, False, True, True, False]
