@@ -1,0 +1,138 @@
+"""Checkpoints on an object store: moto speaks S3 over HTTP in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from harness import run_distributed
+
+from ftlaunch.distributed import storage
+from ftlaunch.distributed.checkpoint.commit import CommitRecord, commit, latest, list_commits
+from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
+from ftlaunch.distributed.checkpoint.peers import Peers
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.checkpoint.retention import apply_retention
+from ftlaunch.distributed.checkpoint.save import CheckpointWriter, Content
+from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
+from ftlaunch.distributed.run_directory import RunDirectory
+
+TENSORS = {f"w{i}": torch.arange(3000.0) + i for i in range(5)}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "moto did not start"
+                time.sleep(0.1)
+        yield url
+        process.terminate()
+
+
+@pytest.fixture
+def run(server, monkeypatch, request):
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = request.node.name.replace("_", "-")[:60]
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{bucket}", method="PUT")).close()
+    return f"s3://{bucket}/runs/bot"
+
+
+def sharded(rank, size):
+    for name, tensor in TENSORS.items():
+        start, stop = rank * 3000 // size, (rank + 1) * 3000 // size
+        yield Fragment(TensorSpec(name, (3000,), "F32"), ((start, stop),), tensor[start:stop])
+
+
+def save(rank, size, run, attempts):
+    """Each rank saves with the others, or alone when ranks are attempts of their own."""
+    if len(attempts) > 1:
+        peers, source = Peers(), functools.partial(sharded, 0, 1)
+    else:
+        peers, source = Peers(rank, size), functools.partial(sharded, rank, size)
+    events = []
+    attempt = attempts[rank % len(attempts)]
+    writer = CheckpointWriter(run, attempt, lambda kind, **_: events.append(kind), peers, max_file_bytes=20_000)
+    record = writer.save(5, Content({"model": source, "exp_avg": source}, {"config.json": b"{}"}))
+    return record, events
+
+
+def test_two_ranks_save_and_it_reads_back(run):
+    (record, events), (other, silence) = run_distributed(save, 2, run, [1])
+    assert record == other == latest(run, pytest.fail)
+    assert (events, silence) == (["checkpoint_committed"], [])
+    folder = storage.join(run, record.directory)
+    assert verify_checkpoint(folder) == []
+    for reader in (CheckpointReader(folder), CheckpointReader(storage.join(folder, "training"), "exp_avg")):
+        assert len(reader.files.files) > 1
+        for name, tensor in TENSORS.items():
+            assert torch.equal(reader.read(name, [(7, 20), (900, 3000)]), torch.cat([tensor[7:20], tensor[900:]]))
+
+
+def test_of_two_attempts_that_save_one_step_exactly_one_counts(run):
+    outcomes = run_distributed(save, 2, run, [1, 2])
+    assert outcomes[0][0] == outcomes[1][0] == latest(run, pytest.fail)
+    assert sorted(event for _, events in outcomes for event in events) == ["checkpoint_committed", "checkpoint_kept"]
+
+
+def race(rank, size, run):
+    records = [CommitRecord(step, rank, f"step-{step}.a{rank}", "") for step in range(10)]
+    return [commit(run, record) for record in records]
+
+
+def test_of_two_committers_exactly_one_wins_each_step(run):
+    first, second = run_distributed(race, 2, run)
+    assert first == second == list_commits(run, pytest.fail)
+
+
+def test_damage_on_the_store_is_found(run):
+    record = run_distributed(save, 1, run, [1])[0][0]
+    folder = storage.join(run, record.directory)
+    url = storage.join(folder, next(name for name in storage.list_names(folder) if name.endswith(".safetensors")))
+    data = bytearray(storage.read_bytes(url))
+    data[-1] ^= 1
+    storage.write_bytes(url, bytes(data))
+    assert "are not what was written" in verify_checkpoint(folder)[0]
+    storage.delete_tree(url)
+    reported = []
+    assert latest(run, reported.append) is None
+    assert "not found" in reported[0]
+
+
+def test_the_run_directory_and_retention_on_a_store(run):
+    directory = RunDirectory(run)
+    assert directory.status() == "new"
+    directory.check()
+    assert [directory.claim_attempt(world_size=1, command=["x"]) for _ in range(2)] == [1, 2]
+    assert directory.status() == "alive"
+    record = run_distributed(save, 1, run, [1])[0][0]
+    storage.write_bytes(storage.join(run, "step-000006.a1", "left-over"), b"x")
+    retention = {"keep_last": 1, "metric": None, "attempt": 2, "report": pytest.fail}
+    assert apply_retention(run, alive={1}, **retention) == []
+    assert apply_retention(run, alive=set(), **retention) == ["step-000006.a1"]
+    assert latest(run, pytest.fail) == record
