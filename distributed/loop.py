@@ -72,6 +72,7 @@ def train(run: Run) -> str:
 def _steps(run: Run) -> str:
     watch = Stopwatch()
     while not _is_over(run):
+        watch.lap()  # saving and evaluating are no part of a step
         batches, totals = _agree_on_step(run)
         if totals.num_bins == 0:
             return "finished"

@@ -15,8 +15,7 @@ from typing import Any
 
 from ..recipes.errors import InfrastructureError, UserError
 from . import storage
-from .checkpoint.commit import latest_commit
-from .run_directory import RunDirectory
+from .checkpoint.commit import COMMITS, latest
 
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)$")
 """Configuration, tokenizer and template files: everything beside the weights that belongs to a model."""
@@ -90,11 +89,12 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
 
 
 def _inside_a_run(url: str) -> str:
-    if not storage.exists(storage.join(url, "commits")):
+    if not storage.exists(storage.join(url, COMMITS)):
         return url
-    commit = latest_commit(RunDirectory(url))
+    problems: list[str] = []
+    commit = latest(url, problems.append)
     if commit is None:
-        raise UserError(f"model.path: the run {url} has no finished checkpoint yet.")
+        raise UserError(f"model.path: the run {url} has no usable checkpoint. {' '.join(problems)}".rstrip())
     return storage.join(url, commit.directory)
 
 
