@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from .. import storage
 from .exchange import Range
 from .fragments import TensorSpec
-from .layout import DTYPES, StoredTensor, num_elements, open_folder
+from .layout import DTYPES, StoredFile, StoredTensor, num_elements, open_folder
 
 READ_BYTES = 16 * 2**20
 """Bytes of one ranged read; a larger range comes as several, side by side."""
 
 READS_AT_ONCE = 4
+
+SMALL_BYTES = 2**20
+"""Neighbouring tensors up to this size are fetched together, up to `READ_BYTES`: an adapter has hundreds of them, and
+an object store answers each request in some 20 ms."""
 
 
 class CheckpointReader:
@@ -27,6 +33,7 @@ class CheckpointReader:
     def __init__(self, url: str, stem: str = "model") -> None:
         self.url = url
         self.files = open_folder(url, stem)
+        self._kept = _Block("", 0, b"")
 
     def names(self) -> Sequence[str]:
         """Names of the stored tensors, in file order."""
@@ -42,14 +49,13 @@ class CheckpointReader:
         dtype = DTYPES[place.spec.dtype]
         size = sum(stop - start for start, stop in ranges) * dtype.itemsize
         data = torch.empty(size, dtype=torch.uint8)
-        url = storage.join(self.url, file.name)
         reads = _reads(place, ranges, dtype.itemsize)
 
         def fill(target: int, start: int, stop: int) -> None:
-            part = storage.read_range(url, start, stop)
+            part = self._bytes(file, place, start, stop)
             data[target : target + stop - start] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
 
-        if len(reads) < 2:
+        if place.stop - place.start <= SMALL_BYTES or len(reads) < 2:
             for read in reads:
                 fill(*read)
         else:
@@ -57,10 +63,41 @@ class CheckpointReader:
                 list(pool.map(fill, *zip(*reads, strict=True)))
         return data.view(getattr(torch, dtype.torch_name))
 
+    def _bytes(self, file: StoredFile, place: StoredTensor, start: int, stop: int) -> memoryview | bytes:
+        url = storage.join(self.url, file.name)
+        if place.stop - place.start > SMALL_BYTES:
+            return storage.read_range(url, start, stop)
+        if self._kept.file != file.name or not self._kept.start <= start <= stop <= self._kept.stop:
+            end = _end_of_small(file, place)
+            self._kept = _Block(file.name, place.start, storage.read_range(url, place.start, end))
+        return memoryview(self._kept.data)[start - self._kept.start : stop - self._kept.start]
+
     def read_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor in its shape."""
         spec = self.spec(name)
         return self.read(name, [(0, num_elements(spec))]).reshape(spec.shape)
+
+
+class _Block(NamedTuple):
+    """Bytes of a file from `start` on."""
+
+    file: str
+    start: int
+    data: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.data)
+
+
+def _end_of_small(file: StoredFile, place: StoredTensor) -> int:
+    """Where the small tensors that follow a small tensor end, or where a read of them does."""
+    end = place.stop
+    for tensor in file.tensors[bisect_left(file.tensors, place.start, key=lambda tensor: tensor.start) :]:
+        if tensor.stop - tensor.start > SMALL_BYTES or tensor.stop - place.start > READ_BYTES:
+            break
+        end = max(end, tensor.stop)
+    return end
 
 
 def _reads(place: StoredTensor, ranges: Sequence[Range], itemsize: int) -> list[tuple[int, int, int]]:

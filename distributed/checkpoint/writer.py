@@ -8,7 +8,8 @@ earlier chunks only. Take the first chunk that is not done: its senders are kept
 earlier chunks, which are done; its owner is kept from receiving only by earlier chunks and by its own storage, which
 waits for no rank. So it gets done. A rank whose source or storage failed keeps walking (it sends zeros, it drops what
 it receives) until all ranks can learn of the failure together; nothing it wrote is ever committed. A rank that died
-breaks its connections, which is an error on those it talks to, and through them on all.
+breaks its connections, which is an error on those it talks to. Their processes must end on that error (or wait for
+the group's time-out), which brings it to the others.
 """
 
 from __future__ import annotations

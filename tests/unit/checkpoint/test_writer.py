@@ -98,6 +98,7 @@ def fragments_of_one(tensors):
 
 def test_a_large_range_is_read_in_parts(tmp_path, threads, fragmented, monkeypatch):
     monkeypatch.setattr(reader_module, "READ_BYTES", 64)
+    monkeypatch.setattr(reader_module, "SMALL_BYTES", 0)
     tensors = {"w": torch.arange(1000.0)}
     save(fragmented(tensors, 1, 0), tmp_path, threads)
     reader = CheckpointReader(str(tmp_path))
@@ -108,6 +109,26 @@ def test_a_large_range_is_read_in_parts(tmp_path, threads, fragmented, monkeypat
         reader.read("w", [(0, 1001)])
     with pytest.raises(KeyError):
         reader.spec("v")
+
+
+def test_small_neighbours_are_read_together(tmp_path, threads, fragmented, monkeypatch):
+    monkeypatch.setattr(reader_module, "SMALL_BYTES", 400)
+    sizes = [100, 100, 0, 50, 101, 7, 8]
+    tensors = {f"w{i}": torch.arange(float(size)) + i for i, size in enumerate(sizes)}
+    save(fragmented(tensors, 1, 0), tmp_path, threads, max_file_bytes=10_000)
+    reader = CheckpointReader(str(tmp_path))
+    lengths = []
+    read_range = storage.read_range
+
+    def counted(url, start, stop):
+        lengths.append((stop - start) // 4)
+        return read_range(url, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    for name, tensor in tensors.items():
+        assert torch.equal(reader.read_tensor(name), tensor)
+    assert lengths == [250, 101, 15]
+    assert torch.equal(reader.read("w1", [(3, 5)]), tensors["w1"][3:5])
 
 
 def test_what_the_owner_holds_itself_is_not_sent(tmp_path, threads):
