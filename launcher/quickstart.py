@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 from rich.console import Console
-from rich.rule import Rule
 from rich.text import Text
 
 from ..distributed.checkpoint.commit import latest
@@ -62,7 +61,7 @@ TRAINING = {
 
 def say(console: Console, line: str) -> None:
     """The heading of a phase."""
-    console.print(Rule(Text(line, style="bold"), align="left"))
+    console.print(Text(f"\n── {line}", style="bold"), soft_wrap=True, highlight=False)
 
 
 def prepare(place: Path, console: Console) -> None:
@@ -84,7 +83,7 @@ def describe(counts: data.Counts) -> list[str]:
     return [
         f"Python {counts.python}: {counts.train_files} files to learn from, {counts.heldout_files} others held out",
         f"raw text: {counts.train_text} pages, {counts.heldout_text} held out (parquet)",
-        f"task, a function's name and docstring -> its stub: {counts.train_pairs} pairs, "
+        f"task, a function's docstring and names -> its signature: {counts.train_pairs} pairs, "
         f"{counts.heldout_pairs} held out, no docstring twice (jsonl.gz)",
         f"model: Llama type, {CONFIG['num_hidden_layers']} layers of {CONFIG['hidden_size']}, "
         f"vocabulary {VOCABULARY} (byte-level BPE)",

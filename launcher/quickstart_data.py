@@ -1,8 +1,9 @@
 """Real training data without a download: the standard library of the running Python.
 
-Two kinds of rows come out of it. General text: the source files, cut into pages. The task: a function's
-docstring, its name and the arguments that the docstring mentions in, its signature out. Whole files are held out, never single functions; a docstring that occurs twice,
-anywhere, is used once, and never in the held-out part if any training file has it.
+Two kinds of rows come out of it. General text: the source files, cut into pages. The task: from the head of a
+function's docstring, the function's name and those arguments that its docstring mentions, write its signature. Whole
+files are held out, never single functions; a docstring that occurs twice, anywhere, is used once, and never in the
+held-out part if any training file has it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ PAGE_CHARS = 2_000
 """About 700 tokens: short enough that a step sees several files."""
 HELD_OUT_PAGES = 120
 """Keeps one evaluation at a few seconds."""
-MAX_DOC_CHARS = 240
+MAX_DOC_CHARS = 120
+"""About 45 tokens: the names matter more, and short prompts are more prompts."""
 MAX_SIGNATURE_CHARS = 120
 TRAIN_SHARDS = 8
 """One per logical stream of the recipes."""
@@ -56,7 +58,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """One function: what is asked, and the signature that answers it."""
+    """One function: what is asked, the signature that answers it, and the shown part of the docstring."""
 
     prompt: str
     signature: str
@@ -93,9 +95,9 @@ def source_files(stdlib: Path) -> list[str]:
     found = sorted(path.as_posix() for path in relative if not SKIPPED_FOLDERS & set(path.parts[:-1]))
     if len(found) < MIN_FILES:
         raise UserError(
-            f"{stdlib}: only {len(found)} source files of Python's standard library are here, and the quickstart learns "
-            "from them. Use a Python that comes with its library's sources (python.org, pyenv, uv or your distribution's "
-            "full package)."
+            f"{stdlib}: only {len(found)} source files of Python's standard library are here, and the quickstart "
+            "learns from them. Use a Python that comes with its library's sources (from python.org, pyenv, uv or your "
+            "distribution's full package)."
         )
     return found
 
@@ -132,20 +134,20 @@ def pairs(tree: ast.AST) -> Iterator[Pair]:
 
 
 def make_pair(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Pair | None:
-    """The pair of one function; None unless the shown part of its docstring names one of its arguments."""
+    """The pair of one function; None unless its docstring mentions one of its arguments."""
     full = ast.get_docstring(function)
     if not full:
         return None
     docstring = shorten(full)
     signature = signature_of(function)
-    words = set(re.findall(r"\w+", docstring))
+    words = set(re.findall(r"\w+", full))
     mentioned = [name for name in argument_names(function.args) if name in words]
-    if len(signature) > MAX_SIGNATURE_CHARS or not mentioned:
+    if len(signature) > MAX_SIGNATURE_CHARS or not mentioned or not docstring:
         return None
     kind = "method" if signature.startswith((f"def {function.name}(self", f"def {function.name}(cls")) else "function"
     # The names come last: what must be copied lies close to where it goes, which a small model learns in minutes.
     question = f"Signature of the {kind} {function.name} with {', '.join(mentioned)}?"
-    return Pair(f"{docstring}\n{question}", signature, full)
+    return Pair(f"{docstring}\n{question}", signature, docstring)
 
 
 def shorten(docstring: str) -> str:
@@ -197,12 +199,12 @@ def read_source(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def all_docstrings(tree: ast.AST) -> Iterator[str]:
-    """Every docstring of a file, normalised."""
+    """The part that would be shown of every docstring of a file, normalised."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
             docstring = ast.get_docstring(node)
             if docstring:
-                yield normalised(docstring)
+                yield normalised(shorten(docstring))
 
 
 def chat_row(relative: str, pair: Pair) -> Row:

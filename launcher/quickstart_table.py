@@ -91,7 +91,7 @@ def answer(written: Sequence[str], index: int) -> Text:
 
 def next_commands(folder: str) -> Text:
     """What to try next, to be copied."""
-    question = "Write a stub of the function read_lines.\\nRead all lines of the file path."
+    question = "Read all lines of the file path.\\nSignature of the function read_lines with path?"
     lines = [
         f"ftlaunch plan {folder}/tuned.yaml                 what a run will do, without starting it",
         f"ftlaunch check {folder}/tuned.yaml                what the model learns from, token by token",
