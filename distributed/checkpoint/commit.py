@@ -109,7 +109,7 @@ def directory_problem(run_url: str, record: CommitRecord) -> str | None:
         return str(error)
     if (manifest.step, manifest.attempt) != (record.step, record.attempt):
         return f"{directory} holds step {manifest.step} of attempt {manifest.attempt}, not what was committed"
-    return next(size_problems(directory, manifest.files), None)
+    return next(iter(size_problems(directory, manifest.files)), None)
 
 
 def latest(run_url: str, report: Report) -> CommitRecord | None:

@@ -132,7 +132,7 @@ class CheckpointWriter:
     def _verify(self, directory: str, manifest: Manifest) -> None:
         """Ranks look at different files' sizes and at different samples of the spans."""
         with self.peers.together("reading the checkpoint back"):
-            problems = list(size_problems(directory, manifest.files[self.peers.rank :: self.peers.size]))
+            problems = size_problems(directory, manifest.files[self.peers.rank :: self.peers.size])
             seed = f"{directory} {self.peers.rank}"
             problems += sample_problems(directory, manifest, seed=seed, max_bytes=self.sample_bytes)
             if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ...recipes.errors import UserError
 from .. import storage
@@ -15,6 +16,9 @@ SAMPLE_BYTES = 16 * 2**20
 SAMPLE_SPANS = 64
 """At most this many reads, where spans are small."""
 
+LOOKS_AT_ONCE = 16
+"""An object store answers each question for a size in some 20 ms, and a large model has hundreds of files."""
+
 
 def verify_checkpoint(directory: str) -> list[str]:
     """Every file's size and every span's checksum, against the manifest; empty when all is as it was written.
@@ -23,22 +27,24 @@ def verify_checkpoint(directory: str) -> list[str]:
     """
     problems: list[str] = []
     for file in read_manifest(directory).files:
-        wrong_size = list(size_problems(directory, [file]))
+        wrong_size = size_problems(directory, [file])
         problems += wrong_size or span_problems(directory, file, file.spans)
     return problems
 
 
-def size_problems(directory: str, files: Sequence[FileRecord]) -> Iterator[str]:
+def size_problems(directory: str, files: Sequence[FileRecord]) -> list[str]:
     """Files that are missing or have another size than was written; reads no content."""
-    for file in files:
-        url = storage.join(directory, file.path)
-        try:
-            size = storage.info(url).size
-        except UserError as error:
-            yield str(error)
-            continue
-        if size != file.size:
-            yield f"{url} has {size} bytes, {file.size} were written"
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        problems = pool.map(lambda file: _size_problem(storage.join(directory, file.path), file.size), files)
+        return [problem for problem in problems if problem is not None]
+
+
+def _size_problem(url: str, expected: int) -> str | None:
+    try:
+        size = storage.info(url).size
+    except UserError as error:
+        return str(error)
+    return None if size == expected else f"{url} has {size} bytes, {expected} were written"
 
 
 def sample_problems(directory: str, manifest: Manifest, *, seed: str, max_bytes: int = SAMPLE_BYTES) -> Iterator[str]:
