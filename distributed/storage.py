@@ -12,41 +12,20 @@ import contextlib
 import json
 import os
 import posixpath
-import random
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from ..recipes.errors import InfrastructureError, UserError
 from .storage_errors import definite_error
-
-T = TypeVar("T")
+from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
 
 WRITE_BLOCK_BYTES = 16 * 2**20
 """Part size of streamed uploads; S3 allows 10,000 parts, so files up to 160 GB."""
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How passing trouble is waited out: full jitter, doubling from `base_s` to `cap_s` (AWS architecture blog,
-    "Exponential Backoff And Jitter"). `sleep` and `random` are injected so that tests need no time."""
-
-    attempts: int = 6
-    base_s: float = 0.5
-    cap_s: float = 20.0
-    sleep: Callable[[float], None] = time.sleep
-    random: Callable[[], float] = random.random
-
-    def wait(self, attempt: int) -> None:
-        """Sleep before the next try, after `attempt` (from 0) failed."""
-        self.sleep(self.random() * min(self.cap_s, self.base_s * 2**attempt))
-
-
-RETRY = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -56,10 +35,6 @@ class FileInfo:
     url: str
     size: int
     etag: str
-
-
-class ShortReadError(OSError):
-    """Fewer bytes came than were asked for; passing trouble."""
 
 
 def is_local(url: str) -> bool:
@@ -92,24 +67,6 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def _full_url(fs: Any, path: str, url: str) -> str:
     return path if is_local(url) else str(fs.unstrip_protocol(path))
-
-
-def retrying(what: str, url: str, call: Callable[[], T], retry: RetryPolicy = RETRY) -> T:
-    """Call, again after passing trouble.
-
-    Raises UserError for what the user can mend, InfrastructureError when the trouble does not pass."""
-    for attempt in range(retry.attempts):
-        try:
-            return call()
-        except Exception as error:
-            if definite := definite_error(url, error):
-                raise definite from error
-            if attempt + 1 == retry.attempts:
-                raise InfrastructureError(
-                    f"cannot {what} {url}: {type(error).__name__}: {error} (tried {retry.attempts} times)"
-                ) from error
-            retry.wait(attempt)
-    raise AssertionError("a retry policy has at least one attempt")
 
 
 def _info(fs: Any, entry: dict[str, Any], url: str) -> FileInfo:
