@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,19 @@ class Ranks:
             self.outcomes[rank] = Outcome(error=f"rank {rank} died with exit code {code}", exit_code=code)
 
 
-def start_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> Ranks:
-    """Begin `fn(rank, world_size, *args)` on every rank. `timeout_s` is that of the process group."""
+def start_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, connect: bool = True
+) -> Ranks:
+    """Begin `fn(rank, world_size, *args)` on every rank. `timeout_s` is that of the process group; without `connect`
+    there is none, for functions that form their own."""
     context = multiprocessing.get_context("fork")
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="ranks-")
     ranks = Ranks([], [], folder)
     for rank in range(world_size):
         here, there = context.Pipe(duplex=False)
         store = str(Path(folder.name) / "rendezvous")
-        process = context.Process(target=_rank, args=(fn, rank, world_size, args, there, store, timeout_s), daemon=True)
+        target = partial(_connected, fn, store, timeout_s) if connect else fn
+        process = context.Process(target=_rank, args=(target, rank, world_size, args, there), daemon=True)
         process.start()
         there.close()
         ranks.processes.append(process)
@@ -95,38 +100,39 @@ def start_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeo
     return ranks
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`fn(rank, world_size, *args)` on every rank, within a gloo group that is the default one; its values by rank.
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, connect: bool = True
+) -> list[Any]:
+    """`fn(rank, world_size, *args)` on every rank, within a gloo group that is the default one (see `connect` above);
+    its values by rank.
 
     Raises RanksFailed with the tracebacks of all ranks that failed.
     """
-    outcomes = start_distributed(fn, world_size, *args, timeout_s=timeout_s).join(timeout_s)
+    outcomes = start_distributed(fn, world_size, *args, timeout_s=timeout_s, connect=connect).join(timeout_s)
     errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
     if errors:
         raise RanksFailed("\n".join(errors))
     return [outcome.value for outcome in outcomes]
 
 
-def _rank(
-    fn: Callable[..., Any],
-    rank: int,
-    world_size: int,
-    args: Sequence[Any],
-    connection: Connection,
-    store: str,
-    timeout_s: float,
-) -> None:
+def _rank(fn: Callable[..., Any], rank: int, world_size: int, args: Sequence[Any], connection: Connection) -> None:
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
         outcome = Outcome(value=fn(rank, world_size, *args))
-        dist.barrier()  # nobody leaves while another still talks to it
-        dist.destroy_process_group()
     except BaseException:
         outcome = Outcome(error=traceback.format_exc())
     connection.send(outcome)
+
+
+def _connected(fn: Callable[..., Any], store: str, timeout_s: float, rank: int, world_size: int, *args: Any) -> Any:
+    """Run `fn` within a gloo group."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    value = fn(rank, world_size, *args)
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+    return value

@@ -1,0 +1,83 @@
+"""Train small recipes on forked ranks, and read back what the runs wrote down."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import run_distributed
+
+# Imported before the fork, so that ranks do not each pay for it.
+from ftlaunch.distributed import entry
+from ftlaunch.distributed.world import World
+from ftlaunch.recipes.load import LoadedRecipe
+from ftlaunch.recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has ended."""
+
+    directory: Path
+    lines: list[dict[str, Any]]
+    """metrics.jsonl."""
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The optimizer steps, in order."""
+        return [line for line in self.lines if line["kind"] == "step"]
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """The gradient norm of every step, before clipping."""
+        return [step["grad_norm"] for step in self.steps]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest committed checkpoint."""
+        commit = max((self.directory / "commits").glob("*.json"))
+        return self.directory / json.loads(commit.read_text())["directory"]
+
+
+class QuietMonitor:
+    """Nobody watches, nobody interrupts."""
+
+    def emit(self, event: Any) -> None:
+        pass
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def train_all(recipes: Sequence[dict[str, Any]], world_size: int = 1, timeout_s: float = 600.0) -> list[Trained]:
+    """Train recipes one after another on the same forked ranks. Each needs a `name` of its own."""
+    loaded = [LoadedRecipe(Recipe.model_validate(recipe), "test.yaml", (), ()) for recipe in recipes]
+    with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
+        run_distributed(_train_as_rank, world_size, loaded, folder, timeout_s=timeout_s, connect=False)
+    return [read_run(Path(one.recipe.checkpoint.path) / one.recipe.name) for one in loaded]
+
+
+def train(recipe: dict[str, Any], world_size: int = 1) -> Trained:
+    """Train one recipe."""
+    return train_all([recipe], world_size)[0]
+
+
+def read_run(directory: Path) -> Trained:
+    """What a run wrote down."""
+    files = sorted(directory.glob("metrics*.jsonl"))
+    return Trained(directory, [json.loads(line) for file in files for line in file.read_text().splitlines()])
+
+
+def _train_as_rank(rank: int, size: int, recipes: Sequence[LoadedRecipe], folder: str) -> None:
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+    for number, loaded in enumerate(recipes):
+        entry.run_rank(entry.Job(loaded, world, f"file://{folder}/{number}", QuietMonitor(), ("test",)))
