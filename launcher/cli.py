@@ -55,10 +55,14 @@ RecipePath = Annotated[Path, Parameter(help="The recipe, a YAML file.")]
 Overrides = Annotated[str, Parameter(help="Values of the recipe to change: key.sub=value.")]
 
 
+_secrets: list[str] = []
+"""Values that must not appear in an error; known once a recipe is loaded. One process runs one command."""
+
+
 def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
     from ..recipes.load import load_recipe
 
-    return load_recipe(
+    loaded = load_recipe(
         recipe,
         overrides,
         environ=os.environ,
@@ -66,6 +70,8 @@ def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
         gpus_per_node=place.gpus_per_node,
         cluster=place.cluster,
     )
+    _secrets.extend(loaded.secrets)
+    return loaded
 
 
 @app.default
@@ -258,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception:  # the last line of defence: a bug must not look like success
-        traceback.print_exc()
-        return _fail("this is a bug in ftlaunch; please report it with the lines above and `ftlaunch --version`", 2)
+        bug = "this is a bug in ftlaunch; please report it with these lines and what `ftlaunch --version` says"
+        return _fail(f"{bug}\n{traceback.format_exc()}", 2)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -275,8 +281,12 @@ def _fail(message: str, code: int) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from ..recipes.redact import redact
+
     # Text, not a string: what a message quotes from files must never be taken for markup.
-    Console(stderr=True).print(Text("error: ", style="bold red") + Text(message), soft_wrap=True, highlight=False)
+    Console(stderr=True).print(
+        Text("error: ", style="bold red") + Text(redact(message, _secrets)), soft_wrap=True, highlight=False
+    )
     return code
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 NAME = "ftlaunch"
 FOLDERS = ("cluster", "distributed", "launcher", "recipes")
-SUFFIXES = (".py", ".yaml", ".html.j2")
+SUFFIXES = (".py", ".yaml", ".json", ".j2")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The oldest time a zip can say; with real times the same code would have many hashes."""
 

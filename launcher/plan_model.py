@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..distributed import storage
 from ..distributed.checkpoint.fragments import TensorSpec
 from ..distributed.checkpoint.layout import FileSet, num_elements, open_folder, plan_files
+from ..distributed.model_files import HUB_ID, find_model
 from ..recipes.errors import UserError
 from ..recipes.schema import Ddp, Lora, Model, Recipe
 from .unknown import Unknown, ask
@@ -63,23 +65,25 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
 
 
+def is_on_hub(path: str) -> bool:
+    """Whether a model path can only be the name of a model on a hub."""
+    return storage.is_local(path) and not storage.local_path(path).is_dir() and HUB_ID.match(path) is not None
+
+
 def plan_model(recipe: Recipe) -> ModelPlan | Unknown:
-    """The model a recipe trains. Raises UserError for a local folder that is no model."""
-    from ..distributed.model_files import HUB_ID, find_model
-    from ..distributed.storage import is_local, local_path
-
+    """The model a recipe trains. Raises UserError for a folder in reach that is no model."""
     path = recipe.model.path
-    if is_local(path) and not local_path(path).is_dir() and HUB_ID.match(path):
+    if is_on_hub(path):
         return Unknown(f"{path} is on a model hub, which plan does not ask")
+    return ask(path, lambda: _look(recipe, path))
 
-    def look() -> ModelPlan | Unknown:
-        folder = find_model(path, weights=False)
-        config = folder.config
-        if recipe.model.init == "random":
-            return Unknown(f"the {config.get('model_type', '')} model is yet to be initialised from config.json")
-        return from_headers(recipe, config, open_folder(folder.url))
 
-    return ask(path, look)
+def _look(recipe: Recipe, path: str) -> ModelPlan | Unknown:
+    folder = find_model(path, weights=False)
+    config = folder.config
+    if recipe.model.init == "random":
+        return Unknown(f"the {config.get('model_type', '')} model is yet to be initialised from config.json")
+    return from_headers(recipe, config, open_folder(folder.url))
 
 
 def from_headers(recipe: Recipe, config: Mapping[str, Any], files: FileSet) -> ModelPlan:

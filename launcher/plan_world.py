@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from ..distributed.attempt import choose_streams
+from ..distributed.data.stream import share_of
 from ..recipes.errors import UserError
-from ..recipes.schema import ClusterConfig, LocalCluster, Train
+from ..recipes.schema import ClusterConfig, LocalCluster, Recipe
 from .hardware import Machine
 from .unknown import Unknown
-
-MIN_STREAMS_WANTED = 16
 
 
 @dataclass(frozen=True)
@@ -87,26 +86,15 @@ def world_warnings(cluster: ClusterConfig, world: WorldPlan, machine: Machine) -
     return warnings
 
 
-def default_streams(global_batch_size: int, ranks: int) -> int:
-    """The largest divisor of the global batch not above max(16, ranks)."""
-    limit = max(MIN_STREAMS_WANTED, ranks)
-    return max(divisor for divisor in range(1, min(limit, global_batch_size) + 1) if global_batch_size % divisor == 0)
-
-
-def plan_batch(train: Train, streams: int | None, ranks: int) -> BatchPlan:
-    """Deal a global batch. Streams go to ranks in turn; ranks beyond the streams share one."""
-    num_streams = streams or default_streams(train.global_batch_size, ranks)
-    per_stream = train.global_batch_size // num_streams
-    if ranks <= num_streams:
-        most = math.ceil(num_streams / ranks) * per_stream
-    else:
-        most = math.ceil(per_stream / (ranks // num_streams))
-    accumulation = math.ceil(most / train.micro_batch_size)
+def plan_batch(recipe: Recipe, ranks: int) -> BatchPlan:
+    """Deal a global batch to ranks, as the stream will. Raises UserError for streams that do not divide it."""
+    train, streams = recipe.train, choose_streams(recipe, ranks)
+    share = share_of(0, ranks, streams, train.global_batch_size, train.micro_batch_size)
     return BatchPlan(
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        accumulation=accumulation,
+        accumulation=share.micro_batches,
         ranks=ranks,
-        streams=num_streams,
-        empty_sequences=accumulation * train.micro_batch_size * ranks - train.global_batch_size,
+        streams=streams,
+        empty_sequences=share.micro_batches * train.micro_batch_size * ranks - train.global_batch_size,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Line = Mapping[str, Any]
+COUNTERS = ("rows", "tokens", "supervised", "truncated", "split")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What became of a source's rows; `rejected` by reason."""
+
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    split: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Record:
     """One run. `steps` and `evaluations` are ascending by step, each step once; `data` has the latest counters of
     each source; `attempts` counts how often the run was started."""
@@ -26,7 +39,7 @@ class Record:
     environment: Mapping[str, Any]
     steps: tuple[Line, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
-    data: Mapping[str, Mapping[str, Any]] | None = None
+    data: Mapping[str, Counts] = field(default_factory=dict)
     events: tuple[Line, ...] = ()
     attempts: int = 0
 
@@ -63,10 +76,19 @@ def make_record(metrics: Iterable[Line], events: Iterable[Line], environment: Ma
         environment=environment,
         steps=tuple(_latest(counted, "step")),
         evaluations=tuple(Evaluation(int(line["step"]), line["losses"]) for line in evaluations),
-        data=data_lines[-1]["sources"] if data_lines else None,
+        data={name: _counts(raw) for name, raw in data_lines[-1]["sources"].items()} if data_lines else {},
         events=tuple(events),
         attempts=max((int(line["attempt"]) for line in lines), default=0),
     )
+
+
+REJECTED = "rejected/"
+
+
+def _counts(raw: Mapping[str, int]) -> Counts:
+    """A source's counters; those that never counted anything are not in the line."""
+    rejected = {name.removeprefix(REJECTED): number for name, number in raw.items() if name.startswith(REJECTED)}
+    return Counts(rejected=rejected, **{name: raw[name] for name in COUNTERS if name in raw})
 
 
 def _place(line: Line) -> tuple[int, int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from . import units
 from .charts import Series, line_chart
-from .record import Record, before_and_after, series
-
-COUNTED = (("rows", "rows"), ("tokens", "tokens"), ("supervised", "supervised tokens"))
-HANDLED = (("truncated", "truncated"), ("split", "split"))
+from .record import Counts, Record, before_and_after, series
 
 
 @dataclass(frozen=True)
@@ -108,23 +105,20 @@ def change(before: float, after: float) -> str:
 
 def _reasons(record: Record) -> list[str]:
     """Every reason for which any source lost rows."""
-    sources = (record.data or {}).values()
-    return sorted({reason for counts in sources for reason in counts["rejected"]})
+    return sorted({reason for counts in record.data.values() for reason in counts.rejected})
 
 
 def _sources(record: Record) -> list[tuple[str, list[str]]]:
-    """(source, cells) with the cells of `COUNTED`, the share of tokens, `HANDLED`, then each reason."""
-    data = record.data or {}
-    total = sum(counts["tokens"] for counts in data.values()) or 1
+    """(source, cells), the cells in the order of the template's headings."""
+    total = sum(counts.tokens for counts in record.data.values()) or 1
     reasons = _reasons(record)
-    rows = []
-    for name, counts in data.items():
-        cells = [units.count(counts[key]) for key, _ in COUNTED]
-        cells += [f"{counts['tokens'] / total:.1%}"]
-        cells += [units.count(counts[key]) for key, _ in HANDLED]
-        cells += [units.count(counts["rejected"].get(reason, 0)) for reason in reasons]
-        rows.append((name, cells))
-    return rows
+    return [(name, _cells(counts, counts.tokens / total, reasons)) for name, counts in record.data.items()]
+
+
+def _cells(counts: Counts, share: float, reasons: Sequence[str]) -> list[str]:
+    numbers = [counts.rows, counts.tokens, counts.supervised]
+    others = [counts.truncated, counts.split, *(counts.rejected.get(reason, 0) for reason in reasons)]
+    return [*map(units.count, numbers), f"{share:.1%}", *map(units.count, others)]
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

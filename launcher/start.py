@@ -13,19 +13,20 @@ from ..distributed.checkpoint.commit import latest
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
-from ..recipes.schema import LocalCluster
-from .hardware import this_machine
+from .hardware import Machine, this_machine
 from .history import read_record, write_report
-from .plan_world import plan_world, world_warnings
+from .plan_world import WorldPlan, plan_world, world_warnings
 from .runs import DEFAULT_RUNS, Decision, Flags, as_stored, decide, fresh_name, gather
 from .summary import show_summary, summarise
 from .unknown import Unknown
+from .view import make_view
 
 
 def start(loaded: LoadedRecipe, flags: Flags) -> int:
-    """Run a recipe as "Running it again" has it; returns the exit code."""
-    console = Console()
-    _warn(console, loaded)
+    """Run a recipe as "Running it again" has it; returns the exit code. Raises UserError for a refusal."""
+    console, machine = Console(), this_machine()
+    world = plan_world(loaded.recipe.cluster, machine)
+    _warn(console, loaded, world, machine)
     loaded = _renamed(loaded) if flags.fresh else loaded
     run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
     decision = decide(gather(run, lambda line: _say(console, line, "yellow")), as_stored(loaded), flags)
@@ -36,16 +37,23 @@ def start(loaded: LoadedRecipe, flags: Flags) -> int:
         sum_up(run, console)
         return 0
     run.check()
-    return _train(loaded, run, decision, console)
+    return _train(loaded, run, world, machine, console)
 
 
-def _train(loaded: LoadedRecipe, run: RunDirectory, decision: Decision, console: Console) -> int:
-    from .supervisor import run_local
+def _train(
+    loaded: LoadedRecipe, run: RunDirectory, world: WorldPlan | Unknown, machine: Machine, console: Console
+) -> int:
+    from .supervisor import demand, supervise
 
-    code = run_local(loaded, run.url, console)
-    if code == 0:
+    if isinstance(world, Unknown):
+        raise UserError(f"the number of ranks is unknown: {world.reason}")
+    with make_view(console) as view:
+        ending = supervise(loaded, demand(world, machine), view)
+    if ending.message:
+        _say(console, ending.message, "" if ending.exit_code == 0 else "bold red")
+    if ending.exit_code == 0:
         sum_up(run, console)
-    return code
+    return ending.exit_code
 
 
 def _renamed(loaded: LoadedRecipe) -> LoadedRecipe:
@@ -54,11 +62,8 @@ def _renamed(loaded: LoadedRecipe) -> LoadedRecipe:
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"name": name}))
 
 
-def _warn(console: Console, loaded: LoadedRecipe) -> None:
-    """Advice about the recipe and the machine. Raises UserError for more GPUs than there are."""
-    cluster, machine = loaded.recipe.cluster, this_machine()
-    world = plan_world(cluster, machine) if isinstance(cluster, LocalCluster) else Unknown("asked of the cluster")
-    warnings = [] if isinstance(world, Unknown) else world_warnings(cluster, world, machine)
+def _warn(console: Console, loaded: LoadedRecipe, world: WorldPlan | Unknown, machine: Machine) -> None:
+    warnings = [] if isinstance(world, Unknown) else world_warnings(loaded.recipe.cluster, world, machine)
     for warning in [*loaded.warnings, *warnings]:
         _say(console, f"warning: {warning}", "yellow")
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ..distributed import storage
-from ..recipes.errors import FtlaunchError
+from ..distributed.storage_retry import RetryPolicy
+from ..recipes.errors import FtlaunchError, InfrastructureError
 
 T = TypeVar("T")
+U = TypeVar("U")
+
+QUICK = RetryPolicy(attempts=2, base_s=0.2)
+"""A plan does not wait for a store that is out of reach."""
+
+MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,28 @@ class Unknown:
 
 
 def ask(place: str, look: Callable[[], T]) -> T | Unknown:
-    """What `look` finds. A mistake on this machine is the user's to mend now and is raised; what is wrong with a
-    remote `place` may be right where the run will be (credentials, networks), so it is Unknown."""
+    """What `look` finds at `place`, a path or URL.
+
+    A remote place that cannot be reached from here may be in reach where the run will be, so it is Unknown. What is
+    wrong with a place that is in reach is the user's to mend: that is raised.
+    """
     if storage.is_local(place):
         return look()
     try:
-        return look()
+        storage.exists(MAGIC.split(place)[0].rpartition("/")[0], QUICK)
     except FtlaunchError as error:
-        return Unknown(str(error).splitlines()[0])
+        return Unknown(first_line(error))
+    try:
+        return look()
+    except InfrastructureError as error:
+        return Unknown(first_line(error))
+
+
+def first_line(error: FtlaunchError) -> str:
+    """An error without its advice, to stand in a table."""
+    return str(error).splitlines()[0]
+
+
+def then(value: T | Unknown, use: Callable[[T], U]) -> U | Unknown:
+    """`use(value)`, or the reason why there is no value."""
+    return value if isinstance(value, Unknown) else use(value)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from ftlaunch.launcher.charts import Series, line_chart, nice_ticks, running_mean, thin_out
-from ftlaunch.launcher.record import Record, before_and_after, make_record, parse_lines
+from ftlaunch.launcher.record import Counts, Record, before_and_after, make_record, parse_lines
 from ftlaunch.launcher.report import render_report
 
 
@@ -39,7 +39,7 @@ def record(*lines: dict[str, object], events: tuple[dict[str, object], ...] = ()
     return make_record(lines, events, {"torch": "2.13", "world": {"size": 2}})
 
 
-SOURCE = {"rows": 90, "tokens": 3000, "supervised": 1000, "rejected": {"empty_answer": 7}, "truncated": 2, "split": 0}
+SOURCE = {"rows": 90, "tokens": 3000, "supervised": 1000, "rejected/empty_answer": 7, "truncated": 2}
 
 
 def test_of_a_step_done_twice_the_later_attempt_counts():
@@ -68,7 +68,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out():
 def test_the_latest_data_counts_are_kept():
     first = {"kind": "data", "step": 1, "attempt": 1, "sources": {"a": {"rows": 1}}}
     second = {"kind": "data", "step": 1, "attempt": 2, "sources": {"a": {"rows": 2}}}
-    assert record(second, first).data == {"a": {"rows": 2}}
+    assert record(second, first).data == {"a": Counts(rows=2)}
 
 
 def page(of: Record) -> str:
@@ -94,7 +94,7 @@ def test_the_page_holds_everything_and_nothing_from_outside():
 
 def test_texts_from_data_and_recipe_cannot_become_markup():
     evil = "<script>alert(1)</script>"
-    data = {"kind": "data", "step": 1, "attempt": 1, "sources": {evil: {**SOURCE, "rejected": {evil: 1}}}}
+    data = {"kind": "data", "step": 1, "attempt": 1, "sources": {evil: {**SOURCE, f"rejected/{evil}": 1}}}
     losses = {"kind": "evaluation", "step": 1, "attempt": 1, "losses": {f'"{evil}': 1.0}}
     events = ({"time": evil, "event": evil, "text": evil},)
     html = render_report(

@@ -1,0 +1,67 @@
+"""What lies at the recipe's sources: counts are exact where file footers tell, unknown where only reading would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..distributed.data.index import Index, build_index
+from ..recipes.naming import source_names
+from ..recipes.schema import EvalSplit, Recipe, Source, TrainSource
+from .unknown import Unknown, ask
+
+COUNTED_WHILE_READING = Unknown("rows of these files are counted only while reading; `--sample` estimates them")
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What lies at one source. `split` is "train" or "eval"; `weight` 0 where sources are served in full."""
+
+    name: str
+    split: str
+    path: str
+    format: str
+    files: int
+    bytes: int
+    rows: int | Unknown
+    blocks: int
+    weight: float = 0.0
+
+
+def paths_of(source: Source) -> tuple[str, ...]:
+    """A source's paths, as a tuple."""
+    return (source.path,) if isinstance(source.path, str) else source.path
+
+
+def index_source(source: Source, name: str) -> Index | Unknown:
+    """The index of one source. Raises UserError for a place in reach that holds no usable data."""
+    for path in paths_of(source):
+        reached = ask(path, lambda: True)
+        if isinstance(reached, Unknown):
+            return reached
+    return ask(paths_of(source)[0], lambda: build_index([source], [name]))
+
+
+def named_sources(recipe: Recipe) -> list[tuple[str, str, Source]]:
+    """(split, name, source) of all sources; a held-out fraction has no sources of its own."""
+    train = zip(source_names(recipe.data.train), recipe.data.train, strict=True)
+    found: list[tuple[str, str, Source]] = [("train", name, source) for name, source in train]
+    if not isinstance(recipe.data.eval, EvalSplit):
+        evals = zip(source_names(recipe.data.eval), recipe.data.eval, strict=True)
+        found += [("eval", name, source) for name, source in evals]
+    return found
+
+
+def describe(split: str, name: str, source: Source, index: Index) -> SourcePlan:
+    """A source's line in the plan."""
+    rows = index.num_rows(0)
+    return SourcePlan(
+        name=name,
+        split=split,
+        path=", ".join(paths_of(source)),
+        format=index.sources[0].format,
+        files=len(index.files),
+        bytes=sum(file.size for file in index.files),
+        rows=COUNTED_WHILE_READING if rows is None else rows,
+        blocks=index.num_blocks,
+        weight=(source.weight or 0.0) if isinstance(source, TrainSource) else 0.0,
+    )

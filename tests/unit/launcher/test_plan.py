@@ -1,0 +1,347 @@
+"""The plan: arithmetic of worlds, batches, durations and models, and the command that shows it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ftlaunch.distributed.checkpoint.layout import num_elements, open_folder
+from ftlaunch.launcher import cli, plan_view
+from ftlaunch.launcher.hardware import Machine, parse_mebibytes
+from ftlaunch.launcher.plan_data import SourcePlan
+from ftlaunch.launcher.plan_duration import SampleStats, plan_duration
+from ftlaunch.launcher.plan_model import from_headers, plan_checkpoint, plan_memory
+from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_warnings
+from ftlaunch.launcher.unknown import Unknown
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.schema import LocalCluster, RayCluster, Recipe
+
+from .conftest import CONFIG, HIDDEN, INNER, LAYERS, VOCABULARY
+
+BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN
+PARAMETERS = 2 * VOCABULARY * HIDDEN + HIDDEN + LAYERS * BLOCK
+
+
+def recipe(**sections: object) -> Recipe:
+    base = {"name": "bot", "model": {"path": "base"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    return Recipe.model_validate({**base, **sections})
+
+
+# --- world ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus", "world"),
+    [
+        (LocalCluster(), 0, WorldPlan(1, 1, "cpu")),
+        (LocalCluster(nodes=2), 0, WorldPlan(2, 1, "cpu")),
+        (LocalCluster(processes_per_node=3), 0, WorldPlan(1, 3, "cpu")),
+        (LocalCluster(), 8, WorldPlan(1, 8, "cuda")),
+        (LocalCluster(nodes=2), 8, WorldPlan(2, 4, "cuda")),
+        (LocalCluster(gpus_per_node=2), 8, WorldPlan(1, 2, "cuda")),
+        (LocalCluster(gpus_per_node=0, processes_per_node=2), 8, WorldPlan(1, 2, "cpu")),
+        (RayCluster(nodes=4, gpus_per_node=8), 0, WorldPlan(4, 8, "cuda")),
+        (RayCluster(nodes=4, gpus_per_node=0), 0, WorldPlan(4, 1, "cpu")),
+    ],
+)
+def test_the_world(cluster, gpus, world):
+    assert plan_world(cluster, Machine(gpus=gpus)) == world
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus"),
+    [(LocalCluster(gpus_per_node=2), 1), (LocalCluster(gpus_per_node=1), 0), (LocalCluster(nodes=4), 2)],
+)
+def test_more_gpus_than_exist_are_an_error(cluster, gpus):
+    with pytest.raises(UserError, match=f"this machine has {gpus}"):
+        plan_world(cluster, Machine(gpus=gpus))
+
+
+def test_what_a_running_cluster_offers_is_unknown():
+    assert isinstance(plan_world(RayCluster(), Machine()), Unknown)
+
+
+def test_logical_nodes_and_crowded_cores_are_said():
+    cluster, machine = LocalCluster(nodes=3), Machine(cores=2)
+    warnings = world_warnings(cluster, WorldPlan(3, 1, "cpu"), machine)
+    assert "logical nodes" in warnings[0]
+    assert "3 ranks share 2 cores" in warnings[1]
+    assert world_warnings(LocalCluster(), WorldPlan(1, 1, "cpu"), machine) == []
+    assert world_warnings(RayCluster(nodes=3), WorldPlan(3, 1, "cpu"), machine) == []
+
+
+def test_memory_that_a_gpu_does_not_tell_is_0():
+    assert [parse_mebibytes("81559"), parse_mebibytes(" [N/A] ")] == [81559 << 20, 0]
+
+
+# --- batch ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "accumulation", "empty"),
+    [
+        (128, 2, 64, 1, 0),
+        (32, 1, 1, 32, 0),
+        (32, 1, 3, 12, 4),  # 16 streams of 2: ranks serve 6, 5, 5 of them
+        (4, 3, 1, 2, 2),
+        (4, 1, 8, 1, 4),
+    ],
+)
+def test_the_batch_is_dealt_and_what_is_empty_is_counted(batch, micro, ranks, accumulation, empty):
+    plan = plan_batch(recipe(train={"global_batch_size": batch, "micro_batch_size": micro}), ranks)
+    assert (plan.accumulation, plan.empty_sequences) == (accumulation, empty)
+    assert plan.waste == pytest.approx(empty / (batch + empty))
+
+
+# --- duration -------------------------------------------------------------------------------------------------------
+
+
+def source(name: str, rows: int | Unknown, num_bytes: int = 1000) -> SourcePlan:
+    return SourcePlan(name, "train", name, "text", 1, num_bytes, rows, 1)
+
+
+def test_max_steps_are_exact_whatever_is_unknown():
+    plan = plan_duration(recipe(train={"max_steps": 7}), [source("rows", Unknown("x"))], {})
+    assert (plan.steps, plan.exact) == (7, True)
+    assert isinstance(plan.epochs, Unknown)
+    assert isinstance(plan.tokens, Unknown)
+
+
+def test_without_packing_rows_make_the_steps():
+    data = {"train": [{"path": "rows"}], "packing": False}
+    plan = plan_duration(recipe(data=data, train={"global_batch_size": 8, "num_epochs": 3}), [source("rows", 100)], {})
+    assert plan.steps_per_epoch == 12.5
+    assert plan.steps == 38
+    assert isinstance(plan.tokens, Unknown)
+
+
+def test_with_packing_a_sample_tells_the_tokens():
+    data = {"train": [{"path": "rows"}], "sequence_length": 100}
+    stats = {"rows": SampleStats(rows=10, samples_per_row=0.5, tokens_per_row=25.0, bytes_per_row=10.0)}
+    one = recipe(data=data, train={"global_batch_size": 2, "num_epochs": 2})
+    plan = plan_duration(one, [source("rows", 80)], stats)
+    assert (plan.steps_per_epoch, plan.steps, plan.tokens, plan.exact) == (10.0, 20, 4000.0, False)
+    estimated = plan_duration(one, [source("rows", Unknown("x"), num_bytes=800)], stats)
+    assert estimated.steps == 20
+
+
+def test_without_a_sample_packed_steps_are_unknown_and_say_how_to_know():
+    steps = plan_duration(recipe(), [source("rows", 80)], {}).steps
+    assert isinstance(steps, Unknown)
+    assert "--sample" in steps.reason
+
+
+def test_with_weights_the_primary_source_ends_the_epoch():
+    data = {"packing": False, "train": [{"path": "a", "weight": 3}, {"path": "b", "weight": 1}]}
+    plan = plan_duration(recipe(data=data, train={"global_batch_size": 1}), [source("a", 30), source("b", 2)], {})
+    assert plan.steps_per_epoch == 40
+    data["train"][1]["repeat"] = False
+    plan = plan_duration(recipe(data=data, train={"global_batch_size": 1}), [source("a", 30), source("b", 2)], {})
+    assert plan.steps_per_epoch == 32
+    data["train"][1]["primary"] = True
+    plan = plan_duration(recipe(data=data, train={"global_batch_size": 1}), [source("a", 30), source("b", 2)], {})
+    assert plan.steps_per_epoch == 8
+
+
+def test_a_held_out_fraction_is_not_trained_on():
+    data = {"packing": False, "train": [{"path": "a"}], "eval": {"fraction": 0.5}}
+    plan = plan_duration(recipe(data=data, train={"global_batch_size": 1}), [source("a", 30)], {})
+    assert plan.steps == 15
+
+
+def test_the_first_end_counts():
+    data = {"packing": False, "train": [{"path": "a"}]}
+    both = recipe(data=data, train={"global_batch_size": 1, "num_epochs": 2, "max_steps": 50})
+    assert plan_duration(both, [source("a", 10)], {}).steps == 20
+    stats = {"a": SampleStats(rows=1, samples_per_row=1.0, tokens_per_row=10.0, bytes_per_row=1.0)}
+    tokens = recipe(data=data, train={"global_batch_size": 1, "max_tokens": 35})
+    assert plan_duration(tokens, [source("a", 10)], stats).steps == 4
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def model_plan(place, **sections: object):
+    return from_headers(recipe(**sections), CONFIG, open_folder(str(place / "base")))
+
+
+def test_full_fine_tuning_trains_every_parameter(place):
+    plan = model_plan(place)
+    assert plan.parameters == plan.trainable == PARAMETERS
+
+
+def test_lora_counts_every_linear_layer_but_the_head(place):
+    plan = model_plan(place, adapter={"rank": 4})
+    linear = 4 * (HIDDEN + HIDDEN) + 3 * (HIDDEN + INNER)
+    assert plan.trainable == 4 * LAYERS * linear
+    assert plan.parameters == PARAMETERS + plan.trainable
+
+
+def test_lora_counts_what_peft_makes(place):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / "base"))
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    plan = model_plan(place, adapter={"rank": 4, "modules_to_save": ["lm_head"]})
+    assert plan.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_named_targets(place):
+    plan = model_plan(place, adapter={"rank": 1, "target_modules": ["q_proj"]})
+    assert plan.trainable == LAYERS * 2 * HIDDEN
+    with pytest.raises(UserError, match="matches no layer"):
+        model_plan(place, adapter={"target_modules": ["query"]})
+
+
+def test_chosen_layers(place):
+    layers = {"path": "base", "train_layers": ["model.layers.1.*"]}
+    assert model_plan(place, model=layers).trainable == BLOCK
+    with pytest.raises(UserError, match="matches no parameter"):
+        model_plan(place, model={"path": "base", "train_layers": ["layers.1.*"]})
+
+
+def test_checkpoint_files_hold_weights_masters_and_both_moments(place):
+    one = recipe(model={"path": "base", "dtype": "bfloat16"})
+    files = {file.name: file.bytes for file in plan_checkpoint(one, model_plan(place))}
+    assert set(files) == {
+        "model.safetensors",
+        "training/master.safetensors",
+        "training/exp_avg.safetensors",
+        "training/exp_avg_sq.safetensors",
+    }
+    header = files["training/master.safetensors"] - 4 * PARAMETERS
+    assert 0 < header < 10_000
+    assert files["model.safetensors"] < files["training/master.safetensors"]
+
+
+def test_fp32_weights_are_their_own_masters(place):
+    one = recipe(model={"path": "base", "dtype": "float32"})
+    names = [file.name for file in plan_checkpoint(one, model_plan(place, model={"path": "base", "dtype": "float32"}))]
+    assert "training/master.safetensors" not in names
+
+
+def test_frozen_tensors_have_no_optimizer_state(place):
+    one = recipe(adapter={"rank": 4})
+    files = {file.name: file.bytes for file in plan_checkpoint(one, model_plan(place, adapter={"rank": 4}))}
+    assert set(files) >= {"adapter_model.safetensors", "training/exp_avg.safetensors"}
+    assert sum(files.values()) < 14 * (PARAMETERS + 2000)
+
+
+def test_memory_is_sharded_by_fsdp_and_not_by_ddp(place):
+    plan = model_plan(place)
+    one, four = plan_memory(recipe(), plan, 1), plan_memory(recipe(), plan, 4)
+    assert one.optimizer == 8 * PARAMETERS == 4 * four.optimizer
+    assert one.activations == four.activations
+    assert plan_memory(recipe(strategy={"type": "ddp"}), plan, 4).optimizer == one.optimizer
+    less = plan_memory(recipe(train={"activation_checkpointing": True}), plan, 1)
+    assert less.activations < one.activations
+
+
+def test_memory_of_an_unusual_configuration_is_unknown(place):
+    odd = {"model_type": "odd"}
+    assert isinstance(plan_memory(recipe(), from_headers(recipe(), odd, open_folder(str(place / "base"))), 1), Unknown)
+
+
+def test_planned_tensors_add_up(place):
+    plan = model_plan(place, adapter={"rank": 4})
+    assert sum(map(num_elements, plan.trained)) == plan.trainable
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A machine of known size, whatever the test runs on."""
+    monkeypatch.setattr(plan_view, "this_machine", lambda: Machine(gpus=0, cores=2))
+
+
+def plan_json(capsys, *words: str) -> dict:
+    assert cli.main(["plan", "bot.yaml", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_everything(capsys, place):
+    plan = plan_json(capsys)
+    assert plan["world"] == {"nodes": 1, "ranks_per_node": 1, "device": "cpu"}
+    assert plan["batch"]["accumulation"] == 4
+    assert plan["duration"]["steps"] == 3
+    assert plan["model"] == {
+        "model_type": "llama",
+        "parameters": PARAMETERS,
+        "trainable": PARAMETERS,
+        "dtype": "float32",
+    }
+    rows, held_out = plan["sources"]
+    assert (rows["found"]["format"], rows["found"]["rows"][:8]) == ("prompt_completion", "unknown:")
+    assert (held_out["split"], held_out["found"]["rows"]) == ("eval", 5)
+    assert {"train.learning_rate", "checkpoint", "data.packing"} <= set(plan["defaults"])
+    assert {"train.max_steps", "data.sequence_length", "model.dtype"} & set(plan["defaults"]) == set()
+    assert plan["recipe"]["train"]["learning_rate"] == 2e-5
+
+
+def test_overrides_and_nodes_are_planned(capsys, place):
+    plan = plan_json(capsys, "train.global_batch_size=6", "--nodes", "4")
+    assert plan["batch"]["ranks"] == 4
+    assert plan["batch"]["empty_sequences"] == 2
+    assert len(plan["warnings"]) >= 2
+
+
+def test_the_terminal_shows_every_default_and_figure(capsys, place):
+    assert cli.main(["plan", "bot.yaml"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    wanted = ["learning_rate: 2e-05", "keep_last: 2", "1 rank on 1 node", "x 4 (accumulation)", "model.safetensors"]
+    wanted += ["eval, text, 5 rows, 1 file of", "train, prompt_completion, rows unknown"]
+    assert [part for part in wanted if part not in out] == []
+
+
+def test_what_cannot_be_known_is_no_error_unless_strict(capsys, place):
+    words = ["plan", "bot.yaml", "model.path=someone/some-model"]
+    assert cli.main(words) == 0
+    assert "unknown: someone/some-model is on a model hub" in capsys.readouterr().out
+    assert cli.main([*words, "--strict"]) == 1
+    assert "model is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train.0.path=gone/*.jsonl", "no data files found"),
+        ("model.path=./nowhere", "there is no folder"),
+        ("--gpus-per-node=4", "this machine has 0"),
+    ],
+)
+def test_what_the_user_must_mend_is_exit_1(capsys, place, override, said):
+    assert cli.main(["plan", "bot.yaml", override]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_folder_without_weights_is_exit_1(capsys, place):
+    (place / "base" / "model.safetensors").unlink()
+    assert cli.main(["plan", "bot.yaml"]) == 1
+    assert "model.safetensors" in capsys.readouterr().err
+    assert cli.main(["plan", "bot.yaml", "model.init=random"]) == 0
+    assert "yet to be initialised" in capsys.readouterr().out
+
+
+def test_an_unreachable_store_is_unknown(capsys, place):
+    assert cli.main(["plan", "bot.yaml", "data.train.0.path=http://127.0.0.1:9/rows.jsonl"]) == 0
+    assert "unknown: " in capsys.readouterr().out
+
+
+def test_planning_imports_nothing_heavy(place):
+    code = (
+        "import sys; from ftlaunch.launcher.cli import main; code = main(['plan', 'bot.yaml', '--sample'])\n"
+        "assert code == 0\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
