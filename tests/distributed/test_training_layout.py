@@ -1,0 +1,171 @@
+"""Promise 2: the same recipe and seed give the same loss curve under every layout.
+
+Why the numbers may differ at all: a layout changes the order of fp32 sums (over ranks, over micro-batches, inside
+matmuls of other shapes), and the updates feed the difference back. Each sum is good to about 1e-7 relative.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import transformers.models.llama.modeling_llama  # noqa: F401  imported before the ranks are forked
+from tiny import make_model, recipe_for
+from training import Trained, train_all
+
+LOSS_TOLERANCE = 1e-5
+"""Relative. Measured: a few 1e-7 after 20 steps; a mean of means, a lost or repeated row, or a wrong divisor differs by
+more than 1e-3."""
+
+NORM_TOLERANCE = 5e-5
+"""Relative. Norms are sums of squares of gradients, which cancel: they lose a digit more than losses."""
+
+SEED = 7
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+class Layout(NamedTuple):
+    """One row of the table. `tied` and `lora` choose the model, the rest how it is laid out."""
+
+    tied: bool
+    lora: bool
+    strategy: str
+    world_size: int
+    micro_batch_size: int
+
+    @property
+    def name(self) -> str:
+        words = ["tied" if self.tied else "untied", "lora" if self.lora else "full", self.strategy]
+        return "-".join([*words, f"w{self.world_size}", f"m{self.micro_batch_size}"])
+
+    @property
+    def reference(self) -> Layout:
+        """What this layout must agree with: one rank, one sequence at a time."""
+        return self._replace(strategy="fsdp", world_size=1, micro_batch_size=1)
+
+
+TABLE = [
+    Layout(*values)
+    for values in itertools.product((False, True), (False, True), ("fsdp", "ddp"), (1, 2, 3, 4), (1, 2, 4))
+]
+
+
+def recipe_of(folder: Path, layout: Layout, max_steps: int) -> dict[str, Any]:
+    """Packing, two weighted sources, clipping that bites, shapes that no world size divides, and a global batch that
+    neither 4 ranks nor micro-batches of 4 divide."""
+    base = recipe_for(folder)
+    tied = folder / "tied"
+    if layout.tied and not tied.exists():
+        make_model(tied, tie_word_embeddings=True)
+    changes: dict[str, Any] = {
+        "name": layout.name,
+        "model": {"path": str(tied) if layout.tied else base["model"]["path"]},
+        "train": {
+            "max_steps": max_steps,
+            "global_batch_size": 6,
+            "micro_batch_size": layout.micro_batch_size,
+            "max_grad_norm": 0.5,
+            "weight_decay": 0.1,
+            "warmup_steps": 3,
+            "seed": SEED,
+        },
+        "evaluate": {"at_start": False},
+        "strategy": {"type": layout.strategy},
+        "checkpoint": {"every_steps": None},
+    }
+    if layout.lora:
+        changes["adapter"] = {"type": "lora", "rank": 4, "alpha": 8}
+    return recipe_for(folder, **changes)
+
+
+def train_layouts(folder: Path, layouts: list[Layout], max_steps: int) -> dict[Layout, Trained]:
+    """Every layout trained, those of one world size on the same ranks."""
+    results: dict[Layout, Trained] = {}
+    for size in sorted({layout.world_size for layout in layouts}):
+        these = [layout for layout in layouts if layout.world_size == size]
+        runs = train_all([recipe_of(folder, layout, max_steps) for layout in these], size, timeout_s=3000)
+        results.update(zip(these, runs, strict=True))
+    return results
+
+
+def relative(values: list[float], expected: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(values) == len(expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
+
+
+def compare(run: Trained, reference: Trained) -> dict[str, float]:
+    """How far two runs of one recipe are apart."""
+    return {
+        "loss": relative(run.losses, reference.losses),
+        "grad_norm": relative(run.grad_norms, reference.grad_norms),
+        "held_out_loss": relative([held_out(run)], [held_out(reference)]),
+    }
+
+
+def held_out(run: Trained) -> float:
+    [line] = [line for line in run.lines if line["kind"] == "evaluation"]
+    return float(line["losses"]["chats/loss"])
+
+
+def check(run: Trained, reference: Trained) -> None:
+    differences = compare(run, reference)
+    assert differences["loss"] <= LOSS_TOLERANCE, run.directory.name
+    assert differences["held_out_loss"] <= LOSS_TOLERANCE, run.directory.name
+    assert differences["grad_norm"] <= NORM_TOLERANCE, run.directory.name
+    for name in ("tokens", "supervised_tokens", "learning_rate", "progress"):
+        assert [step[name] for step in run.steps] == [step[name] for step in reference.steps], name
+
+
+def drawn_layouts() -> list[Layout]:
+    """One layout of each world size for every model, from the seed; world 3 pads and shards unevenly."""
+    rng = random.Random(SEED)
+    groups = itertools.groupby(
+        sorted(TABLE, key=lambda layout: (layout.world_size, layout.lora)),
+        key=lambda layout: (layout.world_size, layout.lora),
+    )
+    return [rng.choice(list(group)) for _, group in groups]
+
+
+def test_the_loss_does_not_depend_on_the_layout(tmp_path):
+    layouts = drawn_layouts()
+    assert {layout.world_size for layout in layouts} == {1, 2, 3, 4}
+    wanted = list(dict.fromkeys([layout.reference for layout in layouts] + layouts))
+    runs = train_layouts(tmp_path, wanted, max_steps=8)
+    for layout in layouts:
+        reference = runs[layout.reference]
+        check(runs[layout], reference)
+        assert len(set(reference.losses)) == 8 and reference.losses[-1] < reference.losses[0]
+        # The clipping of the recipe is there to be compared too.
+        assert max(reference.grad_norms) > 0.5
+
+
+@pytest.mark.evidence
+def test_invariance_table(tmp_path):
+    """Every layout, 20 steps; writes benchmarks/results/invariance.json."""
+    runs = train_layouts(tmp_path, TABLE, max_steps=20)
+    rows = [
+        {**layout._asdict(), **compare(runs[layout], runs[layout.reference]), "last_loss": runs[layout].losses[-1]}
+        for layout in TABLE
+    ]
+    worst = {name: max(row[name] for row in rows) for name in ("loss", "held_out_loss", "grad_norm")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    report = {
+        "claim": "the loss does not depend on world size, micro-batch size, accumulation or strategy",
+        "command": "make evidence NAME=test_invariance_table",
+        "commit": commit,
+        "seed": SEED,
+        "steps": 20,
+        "tolerance": {"loss": LOSS_TOLERANCE, "held_out_loss": LOSS_TOLERANCE, "grad_norm": NORM_TOLERANCE},
+        "worst": worst,
+        "rows": rows,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "invariance.json").write_text(json.dumps(report, indent=1) + "\n")
+    for layout in TABLE:
+        check(runs[layout], runs[layout.reference])
