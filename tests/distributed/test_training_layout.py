@@ -64,6 +64,7 @@ def recipe_of(folder: Path, layout: Layout, max_steps: int) -> dict[str, Any]:
         make_model(tied, tie_word_embeddings=True)
     changes: dict[str, Any] = {
         "name": layout.name,
+        "data": {"sequence_length": 160},  # two or three samples each
         "model": {"path": str(tied) if layout.tied else base["model"]["path"]},
         "train": {
             "max_steps": max_steps,
