@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 
 from ..recipes.schema import LocalCluster
 from .base import Demand, Endpoint
 from .ray_settings import configure, quiet
+
+
+@functools.cache
+def _token() -> str:
+    """One for the life of this process: Ray reads it once, and would present the old one to a second cluster."""
+    return secrets.token_hex(32)
 
 
 class Local:
@@ -26,7 +33,7 @@ class Local:
 
     def up(self) -> Endpoint:
         # A token of its own: other users of this machine can reach loopback ports.
-        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
         quiet()
         import ray
 

@@ -27,8 +27,8 @@ from .runs import Flags
 from .start import start
 
 SEQUENCE_LENGTH = 256
-BASE_STEPS = 1_000
-TUNED_STEPS = 500
+BASE_STEPS = 1_200
+TUNED_STEPS = 600
 """Together about four minutes on two processor cores."""
 NUM_WRITTEN = 24
 """Held-out rows that both models answer."""
@@ -127,6 +127,7 @@ def compare(place: Path) -> Outcome:
         Side(
             task_loss=losses["task/loss"][index],
             general_loss=losses["general/loss"][index],
+            reloaded_loss=probes[name].loss,
             shuffled_loss=probes[name].shuffled_loss,
             parsing_share=probes[name].parsing_share,
             written=probes[name].written,

@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": SPECIAL_TOKENS.index(PADDING),
     "dtype": "float32",
 }
-"""About 0.8 million parameters: what two processor cores can teach something in minutes."""
+"""About half a million parameters: what two processor cores can teach something in minutes."""
 
 
 def build_model_folder(folder: Path, texts: Iterable[str]) -> None:

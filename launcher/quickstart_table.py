@@ -16,9 +16,11 @@ NUM_SHOWN = 4
 
 @dataclass(frozen=True)
 class Side:
-    """One model. Losses in nats a token, over held-out files; `shuffled_loss`: task rows with each other's prompts."""
+    """One model. Losses in nats a token, over held-out files; `reloaded_loss`: the task loss once more, as plain
+    transformers finds it with the checkpoint; `shuffled_loss`: the same with each other's prompts."""
 
     task_loss: float
+    reloaded_loss: float
     general_loss: float
     shuffled_loss: float
     parsing_share: float
@@ -66,10 +68,12 @@ def compared(before: float, after: float) -> tuple[str, str, str]:
 
 
 def reading(tuned: Side) -> str:
-    """What the exchanged prompts say about the tuned model."""
+    """What the figures mean, in words."""
     return (
-        f"With the prompt of another row the tuned model's loss is {tuned.shuffled_loss - tuned.task_loss:+.3f}: "
-        "so much of its answer comes from reading the prompt."
+        f"With the prompt of another row, the tuned model's loss changes by "
+        f"{tuned.shuffled_loss - tuned.reloaded_loss:+.3f}: so much of its answer comes from reading the prompt.\n"
+        f"Plain transformers, given the checkpoint, finds the task loss that training measured, up to "
+        f"{abs(tuned.reloaded_loss - tuned.task_loss):.0e}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ftlaunch.distributed.data.template import load_tokenizer
 from ftlaunch.launcher import quickstart, quickstart_data, quickstart_probe, quickstart_table
 from ftlaunch.launcher.quickstart_model import CONFIG, PADDING, SPECIAL_TOKENS, VOCABULARY, build_model_folder
 from ftlaunch.recipes.errors import UserError
@@ -121,6 +122,17 @@ def test_exchanged_prompts(place: Path) -> None:
     )
 
 
+def test_probe_reads_rows_as_training_does(place: Path, tokenizer: Any) -> None:
+    encoder = load_tokenizer(str(place / "model"))
+    for row in held_out(place)[:20]:
+        input_ids, _, targets = quickstart_probe.answer_batch(tokenizer, [row])
+        trained_ids, mask = encoder.chat(row["messages"], None, "assistant")
+        length = input_ids.shape[1]
+        assert trained_ids[:length].tolist() == input_ids[0].tolist()
+        assert not mask[length:].any()  # the template's line break after the turn
+        assert mask[:length].tolist() == (targets[0] != quickstart_probe.IGNORED).tolist()
+
+
 def test_answer_loss_is_that_of_transformers_row_by_row(place: Path, checkpoint: Path, tokenizer: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -152,11 +164,20 @@ def test_probe_answers_rows_as_if_each_were_alone(place: Path, checkpoint: Path,
 
 def test_table() -> None:
     row = {"messages": [{"role": "user", "content": "Signature of the function f with [a]?"}, {"role": "assistant"}]}
-    base = quickstart_table.Side(4.0, 3.0, 4.1, 0.0, ("f f f",))
-    tuned = quickstart_table.Side(2.0, 3.3, 2.9, 1.0, ("def f(a):",))
+    base = quickstart_table.Side(4.0, 4.0, 3.0, 4.1, 0.0, ("f f f",))
+    tuned = quickstart_table.Side(2.0, 2.000002, 3.3, 2.9, 1.0, ("def f(a):",))
     output = io.StringIO()
     outcome = quickstart_table.Outcome(base, tuned, (row,))
     Console(file=output, width=120).print(quickstart_table.render_outcome(outcome, "qs"))
     shown = output.getvalue()
-    for expected in ("-50%", "+10%", "+0.900", "100%", "with [a]?", "def f(a):", "ftlaunch qs/tuned.yaml --fresh"):
+    for expected in (
+        "-50%",
+        "+10%",
+        "+0.900",
+        "2e-06",
+        "100%",
+        "with [a]?",
+        "def f(a):",
+        "ftlaunch qs/tuned.yaml --fresh",
+    ):
         assert expected in shown
