@@ -1,0 +1,99 @@
+"""The parts of one rank's program, put together by hand in the test's own process: a world of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftlaunch.distributed import group as groups
+from ftlaunch.distributed.attempt import begin_attempt
+from ftlaunch.distributed.batch import on_device
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.data.stream import StepBatches
+from ftlaunch.distributed.entry import PolicyModel
+from ftlaunch.distributed.group import Group
+from ftlaunch.distributed.model import BuiltModel, base_name, build_model
+from ftlaunch.distributed.model_files import find_model
+from ftlaunch.distributed.run_data import open_data
+from ftlaunch.distributed.strategies.base import Engine
+from ftlaunch.distributed.strategies.table import prepare
+from ftlaunch.distributed.world import World
+from ftlaunch.recipes.load import LoadedRecipe
+from ftlaunch.recipes.methods.table import build_method
+from ftlaunch.recipes.schema import Recipe
+
+
+@contextmanager
+def alone() -> Iterator[Group]:
+    """The process group of a world of one."""
+    group = groups.start(World(), "")
+    try:
+        yield group
+    finally:
+        groups.stop()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A model laid out, and the method it learns by. Make it inside `alone()` (or any other process group)."""
+
+    recipe: Recipe
+    built: BuiltModel
+    engine: Engine
+
+    @classmethod
+    def build(cls, recipe: dict[str, Any], world: World | None = None) -> Rank:
+        """The recipe's model with the values that a run starts from."""
+        typed = Recipe.model_validate(recipe)
+        folder = find_model(typed.model.path)
+        built = build_model(typed, folder)
+        engine = prepare(built, typed, world or World())
+        if typed.model.init == "pretrained":
+            engine.load_base(CheckpointReader(folder.url))
+        return cls(typed, built, engine)
+
+    def accumulate(self, step: StepBatches) -> float:
+        """Forward and backward of a whole global batch; its loss. The gradients stay for `gradients`."""
+        method = build_method(self.recipe.method)
+        weight = sum(method.weight(micro.batch) for micro in step.micro_batches)
+        total = 0.0
+        self.engine.module.train()
+        for number, micro in enumerate(step.micro_batches):
+            terms = method.loss(PolicyModel(self.engine.module), on_device(micro.batch, "cpu"))
+            self.engine.backward(terms.loss_sum, weight, last_micro_batch=number == len(step.micro_batches) - 1)
+            total += float(terms.loss_sum.detach())
+        return total / weight
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by the model's own names; collective."""
+        return {
+            base_name(name): parameter.grad.full_tensor().clone()
+            for name, parameter in self.engine.module.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole parameters by the model's own names; collective."""
+        return {
+            base_name(name): parameter.detach().full_tensor().clone()
+            for name, parameter in self.engine.module.named_parameters()
+        }
+
+
+def read_steps(recipe: dict[str, Any], group: Group, count: int) -> list[StepBatches]:
+    """The first global batches of a recipe's data."""
+    typed = Recipe.model_validate(recipe)
+    attempt = begin_attempt(LoadedRecipe(typed, "test.yaml", (), ()), 1, ("test",))
+    data = open_data(typed, find_model(typed.model.path), build_method(typed.method), attempt, group)
+    with closing(data.training_stream(None)) as stream:
+        return [stream.next_step() for _ in range(count)]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(torch.finfo(b.dtype).tiny))

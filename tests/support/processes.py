@@ -1,0 +1,95 @@
+"""Runs as a user starts them: real commands in processes of their own, killed as machines are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+WAIT_S = 300.0
+"""Nothing is expected to take this long; a test that waits longer has found a hang."""
+
+
+def ftlaunch(*arguments: str) -> list[str]:
+    """The installed command."""
+    return [str(BIN / "ftlaunch"), *arguments]
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    """One node's torchrun of the rank's program."""
+    return [
+        str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "ftlaunch.distributed.entry",
+        *arguments,
+    ]  # fmt: skip
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """One thread per rank, so that runs repeat bit for bit however many ranks share the machine."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+
+
+class Command:
+    """A command in a session of its own, in `folder` (never the repository, whose folders would shadow packages)."""
+
+    def __init__(self, command: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> None:
+        self.output = folder / f"output-{time.monotonic_ns()}.txt"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                list(command), cwd=folder, env=environment(extra), stdout=out, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {WAIT_S} s:\n{self.text}") from None
+
+    def wait_until(self, happened: Callable[[], bool]) -> bool:
+        """Poll fast; False if the command ended before it happened."""
+        deadline = time.monotonic() + WAIT_S
+        while not happened():
+            if self.process.poll() is not None:
+                return happened()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"never happened:\n{self.text}")
+            time.sleep(0.001)
+        return True
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL to it and all its descendants, at once."""
+        try:
+            family = [self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True))]
+        except psutil.NoSuchProcess:
+            family = []
+        for pid in family:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+def run(command: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run to the end: (exit code, output)."""
+    started = Command(command, folder, extra)
+    return started.wait(), started.text
