@@ -186,4 +186,4 @@ class LogicalStream:
 
 
 def _waiting(pieces: Sequence[Sample], drawn: Drawn) -> list[Waiting]:
-    return [Waiting(piece, Address(drawn.block, drawn.row, number)) for number, piece in enumerate(pieces)]
+    return [Waiting(piece, Address(drawn.block, drawn.row, number), len(piece)) for number, piece in enumerate(pieces)]

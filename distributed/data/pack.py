@@ -28,6 +28,8 @@ class Waiting(NamedTuple):
 
     sample: Sample
     address: Address
+    length: int
+    """Tokens of the sample; looked at for every choice, so it is kept beside it."""
 
 
 def fit(sample: Sample, sequence_length: int, overlong: Overlong, splittable: bool) -> list[Sample] | Rejected:
@@ -73,21 +75,20 @@ def next_bin(buffer: list[Waiting], length: int, refill: Callable[[], None]) -> 
     if not buffer:
         return []
     chosen = [buffer.pop(0)]
-    room = length - len(chosen[0].sample)
+    room = length - chosen[0].length
     while room > 0:
         refill()
         best = _largest_that_fits(buffer, room)
         if best is None:
             break
         chosen.append(buffer.pop(best))
-        room -= len(chosen[-1].sample)
+        room -= chosen[-1].length
     return chosen
 
 
 def _largest_that_fits(buffer: list[Waiting], room: int) -> int | None:
     best, best_length = None, 0
     for place, waiting in enumerate(buffer):
-        length = len(waiting.sample)
-        if best_length < length <= room:
-            best, best_length = place, length
+        if best_length < waiting.length <= room:
+            best, best_length = place, waiting.length
     return best

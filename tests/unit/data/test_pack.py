@@ -42,7 +42,7 @@ def test_what_becomes_of_an_overlong_sample():
 
 
 def pack_all(lengths, sequence_length, buffer_size):
-    waiting = [Waiting(sample(length), Address(0, number, 0)) for number, length in enumerate(lengths)]
+    waiting = [Waiting(sample(length), Address(0, number, 0), length) for number, length in enumerate(lengths)]
     buffer, bins, entered = [], [], {}
 
     def refill():
