@@ -78,7 +78,13 @@ def start(world: World, rendezvous: str) -> Group:
     else:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() // world.local_size)))
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TRAINING_TIMEOUT)
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=TRAINING_TIMEOUT,
+        )
     else:
         dist.init_process_group(
             backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=TRAINING_TIMEOUT

@@ -52,7 +52,8 @@ def token_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Losses [B, S]."""
     if self.use_own_head:
         return losses_of_logits(own_logits(self, batch), batch["targets"])
-    return chunked_losses(hidden_states(self, batch), self.causal_lm.get_output_embeddings(), batch["targets"])
+    head, vocabulary = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config().vocab_size
+    return chunked_losses(hidden_states(self, batch), head, batch["targets"], vocabulary)
 
 
 def hidden_states(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -82,15 +83,17 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets).clone()
 
 
-def chunked_losses(hidden: Tensor, head: nn.Module, targets: Tensor, logits_bytes: int = LOGITS_BYTES) -> Tensor:
+def chunked_losses(
+    hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int, logits_bytes: int = LOGITS_BYTES
+) -> Tensor:
     """Cross-entropy [B, S] of `head(hidden)` without holding the logits of more than `logits_bytes`."""
     positions = (targets != IGNORED).nonzero(as_tuple=True)
     supervised, labels = hidden[positions], targets[positions]
-    rows = max(1, logits_bytes // (4 * head.weight.shape[0]))  # type: ignore[union-attr, operator]
+    rows = max(1, logits_bytes // (4 * vocabulary))
     if len(labels) <= rows:
         losses = _chunk_losses(supervised, head, labels)
     else:
-        chunks = zip(supervised.split(rows), labels.split(rows), strict=True)
+        chunks = zip(torch.split(supervised, rows), torch.split(labels, rows), strict=True)
         losses = torch.cat(
             [checkpoint(_chunk_losses, part, head, label, use_reentrant=False) for part, label in chunks]
         )

@@ -103,7 +103,7 @@ def _adapt(causal_lm: Any, adapter: Lora) -> Any:
     config = LoraConfig(
         r=adapter.rank,
         # peft types alpha as int; the ratio is what counts and floats work.
-        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=target,
         modules_to_save=list(adapter.modules_to_save) or None,

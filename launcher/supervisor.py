@@ -102,7 +102,7 @@ class _Training:
     def _watch(self, fit: threading.Thread) -> Ending | None:
         import ray
 
-        ending = None
+        ending: Ending | None = None
         while True:
             fit.join(POLL_S)
             over = not fit.is_alive()

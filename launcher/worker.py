@@ -86,7 +86,7 @@ def _device() -> str:
 
 
 @dataclass
-class RendezvousConfig(BackendConfig):
+class RendezvousConfig(BackendConfig):  # type: ignore[misc]
     """Tells every worker where rank 0 listens, and which network interface carries its Ray address. The process group
     itself is formed by the rank's program: Ray's own backend would form it before interfaces can be chosen."""
 
@@ -95,7 +95,7 @@ class RendezvousConfig(BackendConfig):
         return RendezvousBackend
 
 
-class RendezvousBackend(Backend):
+class RendezvousBackend(Backend):  # type: ignore[misc]
     """See `RendezvousConfig`."""
 
     share_cuda_visible_devices = True

@@ -83,7 +83,6 @@ class LogicalStream:
             "pending": list(self._pending[0].address) if self._pending else None,
             "accepted_epoch": self._accepted_epoch,
             "served_bytes": self._served_bytes,
-            "done": self._done,
             "counters": counters.copy(self.counts),
         }
 
@@ -96,7 +95,8 @@ class LogicalStream:
         self._pending = self._again(Address(*state["pending"])) if state["pending"] else []
         self._accepted_epoch = state["accepted_epoch"]
         self._served_bytes = state["served_bytes"]
-        self._done = state["done"]
+        # Whether the stream has ended is found anew: the run may have been made longer.
+        self._done = False
         self.counts = counters.copy(state["counters"])
 
     def _again(self, address: Address) -> list[Waiting]:

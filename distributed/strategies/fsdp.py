@@ -196,7 +196,8 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
         if recipe.train.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    root = fully_shard(built.loss_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    root: nn.Module = built.loss_model
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
