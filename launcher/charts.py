@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -66,14 +67,17 @@ def _scales(series: Sequence[Series]) -> tuple[Scale, Scale]:
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points]
     x_low, x_high = min(xs), max(xs)
-    ticks = nice_ticks(min(ys), max(ys))
-    step = ticks[1] - ticks[0]
-    y_low = ticks[0] if ticks[0] <= min(ys) else ticks[0] - step
-    y_high = ticks[-1] if ticks[-1] >= max(ys) else ticks[-1] + step
+    ticks = nice_ticks(*_visible(min(ys), max(ys)))
     return (
         Scale(x_low, x_high if x_high > x_low else x_low + 1, LEFT, WIDTH - RIGHT),
-        Scale(y_low, y_high, HEIGHT - BOTTOM, TOP),
+        Scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP),
     )
+
+
+def _visible(low: float, high: float) -> tuple[float, float]:
+    """The range widened to a thousandth of its values: less is noise, and shall look like a level line."""
+    missing = max(abs(low), abs(high)) / 1000 - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -90,12 +94,22 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 def _frame(x: Scale, y: Scale, number: Callable[[float], str]) -> str:
     lines = []
-    for tick in _ticks_within(y, wanted=5):
+    ticks = _ticks_within(y, wanted=5)
+    for tick, text in zip(ticks, tick_texts(ticks, number), strict=True):
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        lines.append(_label(LEFT - 8, y(tick) + 4, "end", number(tick)))
+        lines.append(_label(LEFT - 8, y(tick) + 4, "end", text))
     lines += [_label(x(tick), HEIGHT - BOTTOM + 18, "middle", f"{tick:,.0f}") for tick in _whole(_ticks_within(x, 6))]
     lines.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "middle", "step"))
     return "".join(lines)
+
+
+def tick_texts(ticks: Sequence[float], number: Callable[[float], str]) -> list[str]:
+    """The ticks' labels; ticks too close for `number` to tell apart get as many digits as they need."""
+    texts = [number(tick) for tick in ticks]
+    if len(set(texts)) == len(texts):
+        return texts
+    apart = min(after - before for before, after in itertools.pairwise(ticks))
+    return [f"{tick:.{max(0, -math.floor(math.log10(apart)))}f}" for tick in ticks]
 
 
 def _ticks_within(scale: Scale, wanted: int) -> list[float]:

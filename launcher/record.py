@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Line = Mapping[str, Any]
-COUNTERS = ("rows", "tokens", "supervised", "truncated", "split")
+COUNTERS = ("rows", "tokens", "supervised", "truncated", "split", "rejected")
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Record:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
-        return sum(int(line["tokens"]) for line in self.steps)
+        """Tokens trained on; a step's line counts those of all steps so far."""
+        return int(self.steps[-1]["tokens"]) if self.steps else 0
 
     @property
     def step_time_s(self) -> float:
@@ -82,13 +82,9 @@ def make_record(metrics: Iterable[Line], events: Iterable[Line], environment: Ma
     )
 
 
-REJECTED = "rejected/"
-
-
-def _counts(raw: Mapping[str, int]) -> Counts:
+def _counts(raw: Mapping[str, Any]) -> Counts:
     """A source's counters; those that never counted anything are not in the line."""
-    rejected = {name.removeprefix(REJECTED): number for name, number in raw.items() if name.startswith(REJECTED)}
-    return Counts(rejected=rejected, **{name: raw[name] for name in COUNTERS if name in raw})
+    return Counts(**{name: raw[name] for name in COUNTERS if name in raw})
 
 
 def _place(line: Line) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from . import units
 from .charts import Series, line_chart
 from .record import Counts, Record, before_and_after, series
 
+MAIN_PACKAGES = ("ftlaunch", "torch", "transformers", "peft", "ray", "tokenizers", "numpy")
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -39,11 +41,19 @@ def render_report(record: Record, *, name: str, state: str, recipe_text: str) ->
             comparison=_comparison(record),
             sources=_sources(record),
             reasons=_reasons(record),
-            environment=list(flatten(record.environment)),
+            environment=list(flatten(_environment(record.environment))),
+            packages=list(flatten(record.environment.get("packages", {}))),
             events=[_event(event) for event in record.events],
             recipe_text=recipe_text,
         )
     )
+
+
+def _environment(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment with only those of the packages that decide about numbers."""
+    packages = environment.get("packages", {})
+    main = {name: packages[name] for name in MAIN_PACKAGES if name in packages}
+    return {**{key: value for key, value in environment.items() if key != "packages"}, **main}
 
 
 def _tiles(record: Record) -> list[Tile]:

@@ -128,23 +128,35 @@ class View(Protocol):
 
 
 class PlainView:
-    """Lines for logs: every event but steps, and of steps the first, every tenth, and one after each half minute."""
+    """Lines for logs: each phase once, of steps the first, every tenth, and one after each half minute; all else."""
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._state = State()
         self._last_line_s = float("-inf")
+        self._phases: set[str] = set()
 
     def update(self, event: Event) -> None:
         """Print the event's line, if it is due."""
         now_s = self._clock()
         self._state = advance(self._state, event, now_s)
-        if event["kind"] != "step":
-            self._print(event_line(event), LEVEL_STYLES[event.get("level", "info")])
-        elif event["step"] % LINE_EVERY_STEPS == 0 or now_s - self._last_line_s >= LINE_EVERY_S:
+        if not self._is_due(event, now_s):
+            return
+        if event["kind"] == "step":
             self._last_line_s = now_s
             self._print(step_line(event, self._state.eta_s), "")
+        else:
+            self._print(event_line(event), LEVEL_STYLES[event.get("level", "info")])
+
+    def _is_due(self, event: Event, now_s: float) -> bool:
+        if event["kind"] == "step":
+            return event["step"] % LINE_EVERY_STEPS == 0 or now_s - self._last_line_s >= LINE_EVERY_S
+        if event["kind"] == "phase":
+            is_new = event["phase"] not in self._phases
+            self._phases.add(event["phase"])
+            return is_new
+        return True
 
     def _print(self, line: str, style: str) -> None:
         # One event is one line of a log, however narrow a pipe claims to be.

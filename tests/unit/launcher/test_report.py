@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from ftlaunch.launcher.charts import Series, line_chart, nice_ticks, running_mean, thin_out
+from ftlaunch.launcher.charts import Series, line_chart, nice_ticks, running_mean, thin_out, tick_texts
 from ftlaunch.launcher.record import Counts, Record, before_and_after, make_record, parse_lines
 from ftlaunch.launcher.report import render_report
 
@@ -21,7 +21,7 @@ def step(number: int, attempt: int = 1, **more: object) -> dict[str, object]:
         "loss": 3.0 / number,
         "learning_rate": 1e-4,
         "grad_norm": 1.0,
-        "tokens": 100,
+        "tokens": 100 * number,
         "tokens_per_s": 50.0,
         "data_wait_s": 0.5,
         "step_s": 2.0,
@@ -39,7 +39,7 @@ def record(*lines: dict[str, object], events: tuple[dict[str, object], ...] = ()
     return make_record(lines, events, {"torch": "2.13", "world": {"size": 2}})
 
 
-SOURCE = {"rows": 90, "tokens": 3000, "supervised": 1000, "rejected/empty_answer": 7, "truncated": 2}
+SOURCE = {"rows": 90, "tokens": 3000, "supervised": 1000, "rejected": {"empty_answer": 7}, "truncated": 2}
 
 
 def test_of_a_step_done_twice_the_later_attempt_counts():
@@ -94,7 +94,7 @@ def test_the_page_holds_everything_and_nothing_from_outside():
 
 def test_texts_from_data_and_recipe_cannot_become_markup():
     evil = "<script>alert(1)</script>"
-    data = {"kind": "data", "step": 1, "attempt": 1, "sources": {evil: {**SOURCE, f"rejected/{evil}": 1}}}
+    data = {"kind": "data", "step": 1, "attempt": 1, "sources": {evil: {**SOURCE, "rejected": {evil: 1}}}}
     losses = {"kind": "evaluation", "step": 1, "attempt": 1, "losses": {f'"{evil}': 1.0}}
     events = ({"time": evil, "event": evil, "text": evil},)
     html = render_report(
@@ -129,6 +129,23 @@ def test_hover_data_is_what_was_drawn():
 )
 def test_ticks_are_round(low: float, high: float, ticks: list[float]):
     assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_ticks_close_together_can_be_told_apart():
+    assert tick_texts([1.0, 2.0], lambda y: f"{y:.1f}") == ["1.0", "2.0"]
+    assert tick_texts([3.46570, 3.46572, 3.46574], lambda y: f"{y:.3g}") == ["3.46570", "3.46572", "3.46574"]
+
+
+def test_noise_looks_level():
+    svg = line_chart([Series("loss", [(1.0, 3.4657), (2.0, 3.46570001)])], lambda y: f"{y:.4g}")
+    [polyline] = re.findall(r'points="([^"]*)"', svg)
+    first, second = (float(point.split(",")[1]) for point in polyline.split())
+    assert abs(first - second) < 1
+
+
+def test_all_packages_are_there_but_folded():
+    html = page(make_record([], [], {"python": "3.12", "packages": {"torch": "2.13.0", "zzz": "9.9"}}))
+    assert html.index("2.13.0") < html.index("all 2 packages") < html.index("9.9")
 
 
 def test_thinning_out_keeps_the_spike_and_the_order():

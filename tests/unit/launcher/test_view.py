@@ -67,6 +67,14 @@ def test_every_other_event_is_one_line():
     assert len(lines) == 4
 
 
+def test_a_log_names_each_phase_once():
+    log = console(False)
+    with PlainView(log, Clock()) as view:
+        for phase in ("training", "saving", "training", "saving", "training"):
+            view.update({"kind": "phase", "phase": phase})
+    assert output(log).splitlines() == ["training …", "saving …"]
+
+
 def test_time_left_is_extrapolated_from_the_first_step_seen():
     state = advance(State(), step(50, 0.5), 100.0)  # resumed in the middle
     assert state.eta_s is None
