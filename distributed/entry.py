@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
-from ..recipes.errors import FtlaunchError, Interrupted
-from ..recipes.load import LoadedRecipe, load_recipe
+from ..recipes.errors import FtlaunchError, Interrupted, UserError
+from ..recipes.load import LoadedRecipe, as_stored, load_recipe
 from ..recipes.methods.table import build_method
 from ..recipes.schema import Recipe
 from . import group as groups
+from . import storage
+from .again import Flags, decide, gather
 from .attempt import Attempt, begin_attempt
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
@@ -35,7 +37,7 @@ from .monitor import Monitor, PlainMonitor
 from .probes import check_packing, choose_head
 from .published import published_files
 from .run_data import RunData, open_data
-from .run_directory import Outcome
+from .run_directory import Outcome, RunDirectory
 from .saver import Saver, load_parts, read_state
 from .schedule import Extent
 from .strategies.base import Engine
@@ -53,6 +55,8 @@ class Job:
     rendezvous: str
     monitor: Monitor
     command: tuple[str, ...] = ()
+    flags: Flags | None = None
+    """What the user allowed if the run is there already; None: the launcher has decided."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,29 @@ def run_rank(job: Job) -> str:
     job.monitor.emit({"kind": "phase", "phase": "connecting"})
     group = groups.start(job.world, job.rendezvous)
     try:
+        if job.flags and not group.from_main(partial(_trains, job, job.flags), "looking at the run"):
+            return "finished"
         attempt = group.from_main(
             partial(begin_attempt, job.loaded, job.world.size, job.command), "opening the run directory"
         )
         return _attempt(job, group, attempt)
     finally:
         groups.stop()
+
+
+def _trains(job: Job, flags: Flags) -> bool:
+    """Whether there is something to train, on rank 0. Raises UserError for a refusal."""
+    recipe = job.loaded.recipe
+    run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
+    decision = decide(gather(run, lambda line: _say(job.monitor, line)), as_stored(job.loaded), flags)
+    if decision.action in ("stop", "alive"):
+        raise UserError(decision.message)
+    _say(job.monitor, decision.message)
+    return decision.trains
+
+
+def _say(monitor: Monitor, text: str) -> None:
+    monitor.emit({"kind": "message", "text": text, "level": "info"})
 
 
 def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
@@ -225,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     monitor.install_signal_handlers()
     try:
         loaded = load_recipe(arguments[0], arguments[1:], environ=os.environ)
-        run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments)))
+        run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=Flags()))
     except FtlaunchError as error:
         if world.is_main:
             sys.stderr.write(f"{error}\n")

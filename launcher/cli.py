@@ -92,7 +92,7 @@ def run(
     accept_changes
         Continue although numbers that shape the training were changed.
     """
-    from .runs import Flags
+    from ..distributed.again import Flags
     from .start import start
 
     return start(_load(recipe, overrides, place), Flags(fresh=fresh, accept_changes=accept_changes))

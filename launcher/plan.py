@@ -9,7 +9,7 @@ from typing import Any
 
 from ..distributed import storage
 from ..distributed.data.index import Index
-from ..recipes.load import LoadedRecipe
+from ..recipes.load import LoadedRecipe, as_stored
 from ..recipes.redact import redact
 from ..recipes.schema import Recipe, Section
 from .hardware import Machine
@@ -17,7 +17,6 @@ from .plan_data import SourcePlan, describe, index_source, named_sources
 from .plan_duration import DurationPlan, plan_duration
 from .plan_model import MemoryPlan, ModelPlan, PlannedFile, plan_checkpoint, plan_memory, plan_model
 from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_warnings
-from .runs import as_stored
 from .unknown import Unknown, then
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ..distributed.again import Flags
 from ..distributed.checkpoint.commit import latest
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import InfrastructureError, UserError
@@ -23,7 +24,6 @@ from .history import read_record
 from .quickstart_model import CONFIG, VOCABULARY, build_model_folder
 from .quickstart_table import Outcome, Side, render_outcome
 from .record import before_and_after
-from .runs import Flags
 from .start import start
 
 SEQUENCE_LENGTH = 256

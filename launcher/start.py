@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.text import Text
 
 from ..distributed import storage
+from ..distributed.again import Decision, Flags, decide, gather
 from ..distributed.checkpoint.commit import latest
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
-from ..recipes.load import LoadedRecipe
+from ..recipes.load import LoadedRecipe, as_stored
 from .hardware import Machine, this_machine
 from .history import read_record, write_report
 from .plan_world import WorldPlan, plan_world, world_warnings
-from .runs import DEFAULT_RUNS, Decision, Flags, as_stored, decide, fresh_name, gather
+from .runs import DEFAULT_RUNS, fresh_name
 from .summary import show_summary, summarise
 from .unknown import Unknown
 from .view import make_view

@@ -15,18 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
 from ..cluster.base import Cluster, Demand, Endpoint
 from ..cluster.table import build_cluster
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from .control import Control, Ending
-from .hardware import Machine, this_machine
-from .plan_world import WorldPlan, plan_world
-from .unknown import Unknown
-from .view import View, make_view
+from .hardware import Machine
+from .plan_world import WorldPlan
+from .view import View
 
 POLL_S = 0.2
 MAX_RESTARTS = 3
@@ -41,21 +37,6 @@ def demand(world: WorldPlan, machine: Machine) -> Demand:
         uses_gpus=world.device == "cuda",
         cpus_per_rank=max(1, machine.cores // world.ranks),
     )
-
-
-def run_local(loaded: LoadedRecipe, console: Console) -> int:
-    """Train and show it; the exit code. Raises UserError and InfrastructureError with what went wrong."""
-    machine = this_machine()
-    world = plan_world(loaded.recipe.cluster, machine)
-    if isinstance(world, Unknown):
-        raise UserError(f"how many ranks to start is unknown: {world}")
-    with make_view(console) as view:
-        ending = supervise(loaded, demand(world, machine), view)
-    if ending.exit_code == UserError.exit_code:
-        raise UserError(ending.message)
-    if ending.message:
-        console.print(Text(ending.message), soft_wrap=True, highlight=False)
-    return ending.exit_code
 
 
 def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ftlaunch.distributed.again import Facts, Flags, decide, gather
 from ftlaunch.distributed.run_directory import AttemptInfo, Process, RunDirectory
-from ftlaunch.launcher.runs import Facts, Flags, as_stored, decide, find_run, fresh_name, gather
+from ftlaunch.launcher.runs import find_run, fresh_name
 from ftlaunch.recipes.errors import UserError
-from ftlaunch.recipes.load import LoadedRecipe, load_recipe
+from ftlaunch.recipes.load import LoadedRecipe, as_stored, load_recipe
 from ftlaunch.recipes.redact import dump_recipe
 from ftlaunch.recipes.schema import Recipe
 
