@@ -42,8 +42,10 @@ def protocol(url: str) -> str:
 
 def _denied(url: str, error: Exception) -> UserError:
     name = protocol(url)
-    remedy = CREDENTIALS.get(name, "the permissions of the file and its folders, or the server's")
-    return UserError(f"{url}: access denied ({error}). {name} access comes from the environment; check {remedy}.")
+    if name == "file":
+        return UserError(f"{url}: access denied ({error}). Check the permissions of the file and its folders.")
+    remedy = CREDENTIALS.get(name, "what the server asks for")
+    return UserError(f"{url}: access denied ({error}). {name} credentials come from the environment; check {remedy}.")
 
 
 def _not_found(url: str, error: Exception) -> UserError:

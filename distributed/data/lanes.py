@@ -55,12 +55,12 @@ class RowReader:
         self.cache = cache
 
     def values(self, decoded: Block, block: int, row: int) -> Row:
-        """One row. Raises UserError when a needed column is missing or null."""
+        """One row. Raises UserError when a needed column is missing; a null is the method's to judge."""
         source = self.index.sources[int(self.index.block_source[block])]
         raw = decoded.row(row)
         values = source.standard_row(raw)
         for column in REQUIRED[source.format]:
-            if values.get(column) is None:
+            if column not in values:
                 name = source.columns.get(column, column)
                 raise UserError(
                     f"{self.index.row_id(block, row)}: no value for '{name}', which format {source.format} needs. "
@@ -126,11 +126,13 @@ class LaneReader:
 
     def served_bytes(self) -> int:
         """Bytes of the order that lie behind; a window's in proportion to its rows."""
-        if self._ended() or self._segment is None:
+        if self._ended():
             return self._bytes_of_epochs
+        window = self._open_window()  # after a restore it may not be open yet
+        assert self._segment is not None
         served = self._bytes_of_epochs + self._segment.bytes_before(self.position.slice)
-        if self._window is not None and len(self._window.row):
-            served += self._window.nbytes * self.position.offset // len(self._window.row)
+        if window is not None and len(window.row):
+            served += window.nbytes * self.position.offset // len(window.row)
         return served
 
     def total_bytes(self) -> int:

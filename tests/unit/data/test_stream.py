@@ -218,13 +218,15 @@ def test_going_on_equals_not_having_stopped(sources, kind, streams, before, afte
             changed = tuple(s.model_copy(update={"repeat": False}) for s in case.recipe.data.train)
             data = case.recipe.data.model_copy(update={"train": changed})
             case = case._replace(recipe=case.recipe.model_copy(update={"data": data}))
-        whole, _ = run_to_end(whole_run := Run(case, 1))
+        whole, whole_served = run_to_end(whole_run := Run(case, 1))
         first = Run(case, before)
-        head = [first.step()[0] for _ in range(stop_at)]
+        head = [first.step() for _ in range(stop_at)]
         states = first.states()
         first.close()
-        tail, _ = run_to_end(second := Run(case, after, states))
-        assert [bins for bins in head if bins] + tail == whole
+        tail, tail_served = run_to_end(second := Run(case, after, states))
+        assert [bins for bins, _, _ in head if bins] + tail == whole
+        assert sum(served for _, served, _ in head) + tail_served == whole_served
+        assert all(served >= 0 for _, served, _ in head)
         assert all(len(json.dumps(state)) < 2000 for state in states.values())
         assert second.states().keys() == {str(s) for s in range(streams)}
         assert sum_counters(second) == sum_counters(whole_run)
@@ -349,6 +351,33 @@ def test_fewer_rows_than_streams_still_reach_every_step(tmp_path):
         counts.update(tokens[0] for tokens in bins)
     run.close()
     assert max(counts.values()) - min(counts.values()) <= 24
+
+
+def test_a_finished_run_goes_on_when_it_gets_more_epochs(tmp_path):
+    case = make_case(tmp_path, [Source([[1] * 20], "jsonl")], streams=2, data={"packing": False})
+    first = Run(case, 1)
+    once, _ = run_to_end(first)
+    train = Train(num_epochs=2, global_batch_size=2, seed=3)
+    longer = case._replace(recipe=case.recipe.model_copy(update={"train": train}))
+    more, more_served = run_to_end(Run(longer, 2, first.states()))
+    assert rows_in(more) == rows_in(once)
+    assert 2 * more_served == run_to_end(Run(longer, 1))[1]
+
+
+def test_stopping_inside_a_long_document_keeps_its_place_and_its_progress(tmp_path):
+    case = make_case(tmp_path, [Source([[3, 150, 3, 90]], "jsonl")], streams=1, data={"sequence_length": 8})
+    whole, whole_served = run_to_end(Run(case, 1))
+    bins, served, states = [], [], None
+    for _ in range(len(whole) + 1):
+        run = Run(case, 1, states)
+        now, bytes_now, _ = run.step()
+        bins.append(now)
+        served.append(bytes_now)
+        states = run.states()
+        run.close()
+    assert bins[:-1] == whole
+    assert min(served) >= 0
+    assert sum(served) == whole_served
 
 
 def test_an_error_in_the_background_reaches_the_loop(tmp_path):
