@@ -1,0 +1,172 @@
+"""Does the training loop cost anything? Steps of our whole rank's program against a bare torch loop and HF Trainer.
+
+The same model, tokens per step, dtype, optimizer and number of threads; the bare loop and the Trainer have their
+tokens ready, ours reads and tokenises text in the background. Every side lives in a process of its own for the whole
+benchmark and is frozen (SIGSTOP) while others have their turn. The limit is the bare loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from harness import Rounds, Table, arguments, interleave, parse, write_results
+from workload import Size, write_model, write_text
+
+CLAIM = (
+    "Tokens/s of our loop against a bare torch loop (1 is as fast): at least 0.97 at steps of about 300 ms, at least "
+    "0.9 at about 30 ms, and more than HF Trainer."
+)
+SIZES = {
+    300: Size(hidden=256, layers=6, vocab=4096, sequence=256, batch=1),
+    30: Size(hidden=128, layers=2, vocab=1024, sequence=128, batch=1),
+}
+TINY = Size(hidden=64, layers=1, vocab=128, sequence=32, batch=2)
+DROPPED = 5
+"""More steps than a reader keeps ready."""
+
+SIDES = ("bare", "hf_trainer", "ddp", "fsdp")
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of each step, and the processor time of all of them."""
+
+    seconds: list[float]
+    cpu_s: float
+
+
+class Side:
+    """A process that trains, frozen except in its turn."""
+
+    def __init__(self, name: str, folder: Path, size: Size, measured: int) -> None:
+        here = Path(__file__).resolve().parent
+        numbers = map(str, (size.batch, size.sequence, DROPPED, measured))
+        self.name = name
+        self._log = (folder / f"{name}.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, str(here / "step_sides.py"), name, str(folder), *numbers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=folder,
+            text=True,
+        )
+        self._answer()  # the first turn warms up
+
+    def turn(self) -> Turn:
+        """Let it train for one turn."""
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Turn:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith("turn "):
+            self._log.seek(0)
+            raise SystemExit(f"{self.name} ended before its turn did:\n{self._log.read()[-4000:]}")
+        self._process.send_signal(signal.SIGSTOP)
+        return Turn(**json.loads(line.removeprefix("turn ")))
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def calibrate(folder: Path, size: Size, target_s: float, seed: int) -> Size:
+    """The batch with which a step of the bare loop comes nearest to `target_s`."""
+    write_inputs(folder, size, seed)
+    seconds = {}
+    for batch in (1, 4):
+        with contextlib.closing(Side("bare", folder, replace(size, batch=batch), 10)) as side:
+            seconds[batch] = statistics.median(side.turn().seconds)
+    per_sequence = max(1e-6, (seconds[4] - seconds[1]) / 3)
+    return replace(size, batch=max(1, round(1 + (target_s - seconds[1]) / per_sequence)))
+
+
+def write_inputs(folder: Path, size: Size, seed: int) -> None:
+    """Model and text, once."""
+    if not (folder / "model").exists():
+        folder.mkdir(parents=True)
+        write_model(folder / "model", size, seed)
+        write_text(folder / "text.jsonl", size, ROWS, seed)
+
+
+@dataclass
+class Measured:
+    """Per step, by side and round: the median and the mean of a turn's steps, and the mean processor time [s]."""
+
+    median: Rounds = field(default_factory=dict)
+    mean: Rounds = field(default_factory=dict)
+    cpu: Rounds = field(default_factory=dict)
+
+    def take_turn(self, side: Side) -> float:
+        """Measure one turn; the median step."""
+        turn = side.turn()
+        self.mean.setdefault(side.name, []).append(statistics.mean(turn.seconds))
+        self.cpu.setdefault(side.name, []).append(turn.cpu_s / len(turn.seconds))
+        return statistics.median(turn.seconds)
+
+
+def measure(folder: Path, size: Size, rounds: int, steps: int, title: str) -> Measured:
+    """All sides of one setting."""
+    measured = Measured()
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(contextlib.closing(Side(name, folder, size, steps))) for name in SIDES]
+        turns = {side.name: partial(measured.take_turn, side) for side in sides}
+        measured.median = interleave(turns, rounds, title)
+    return measured
+
+
+def tables(title: str, size: Size, measured: Measured) -> list[Table]:
+    """Tokens/s by the median and by the mean step; processor time, which a busy machine disturbs less."""
+    tokens = size.batch * size.sequence
+    rates = {"median": measured.median, "mean": measured.mean}
+    return [
+        *(
+            Table(f"{title}: {tokens} tokens, by the {kind} step of a turn", "tokens/s", "bare", as_rate(tokens, steps))
+            for kind, steps in rates.items()
+        ),
+        Table(f"{title}: processor time, background reading included", "s a step", "bare", measured.cpu),
+    ]
+
+
+def as_rate(tokens: int, seconds: Rounds) -> Rounds:
+    return {name: [tokens / value for value in values] for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--step-ms", type=int, nargs="+", default=[300, 30], choices=sorted(SIZES))
+    parser.add_argument("--turn-s", type=float, default=6.0, help="seconds of measured steps in a turn")
+    options = parse(parser)
+    results: list[Table] = []
+    settings = {}
+    with tempfile.TemporaryDirectory(prefix="step-overhead-") as place:
+        for step_ms in [1] if options.quick else options.step_ms:
+            folder = Path(place) / str(step_ms)
+            size = TINY if options.quick else calibrate(folder, SIZES[step_ms], step_ms / 1000, options.seed)
+            write_inputs(folder, size, options.seed)
+            steps = 5 if options.quick else max(10, round(options.turn_s * 1000 / step_ms))
+            title = "The smallest steps" if options.quick else f"Steps of about {step_ms} ms"
+            results += tables(title, size, measure(folder, size, options.rounds, steps, title))
+            settings[title] = {**asdict(size), "steps_a_turn": steps, "dropped_steps_a_turn": DROPPED}
+    write_results("step_overhead", options, CLAIM, results, settings)
+
+
+if __name__ == "__main__":
+    main()
