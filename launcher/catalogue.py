@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..recipes.errors import UserError
 
-EDITOR_HEADER = "# yaml-language-server"
+EDITOR_HEADER = "yaml-language-server"
 
 
 def packaged_recipes() -> dict[str, str]:
@@ -19,9 +19,9 @@ def packaged_recipes() -> dict[str, str]:
 
 
 def headline(text: str) -> str:
-    """A recipe's first comment line, which says what it is for."""
-    comments = (line for line in text.splitlines() if line.startswith("#") and not line.startswith(EDITOR_HEADER))
-    return next(comments, "").lstrip("# ").rstrip()
+    """A recipe's first comment that says something, which is what it is for."""
+    comments = (line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return next((comment.rstrip() for comment in comments if comment and not comment.startswith(EDITOR_HEADER)), "")
 
 
 def show_recipes(name: str | None, file: Path | None) -> int:

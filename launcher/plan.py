@@ -16,7 +16,7 @@ from .hardware import Machine
 from .plan_data import SourcePlan, describe, index_source, named_sources
 from .plan_duration import DurationPlan, plan_duration
 from .plan_model import MemoryPlan, ModelPlan, PlannedFile, plan_checkpoint, plan_memory, plan_model
-from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_warnings
+from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from .unknown import Unknown, then
 
 
@@ -42,7 +42,7 @@ class ModelLine:
 @dataclass(frozen=True)
 class Plan:
     """Everything that is known before a run. `recipe` is whole; `defaults` are the dotted keys in it whose values
-    nobody wrote."""
+    nobody wrote; `problems` are why a run would be refused here."""
 
     name: str
     run: str
@@ -57,6 +57,7 @@ class Plan:
     checkpoint: tuple[PlannedFile, ...] | Unknown
     memory: MemoryPlan | Unknown
     warnings: tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -> Plan:
@@ -82,7 +83,8 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         model=then(model, partial(_model_line, recipe)),
         checkpoint=then(model, partial(plan_checkpoint, recipe)),
         memory=then(model, lambda known: then(world, lambda ranks: plan_memory(recipe, known, ranks.ranks))),
-        warnings=(*loaded.warnings, *_warnings(recipe, world, machine)),
+        warnings=(*loaded.warnings, *_about(world, lambda known: world_warnings(recipe.cluster, known, machine))),
+        problems=tuple(_about(world, lambda known: world_problems(recipe.cluster, known, machine))),
     )
     redacted: Plan = map_texts(plan, lambda text: redact(text, loaded.secrets))
     return redacted
@@ -108,8 +110,9 @@ def _model_line(recipe: Recipe, model: ModelPlan) -> ModelLine:
     return ModelLine(model.model_type, model.parameters, model.trainable, recipe.model.dtype)
 
 
-def _warnings(recipe: Recipe, world: WorldPlan | Unknown, machine: Machine) -> list[str]:
-    return [] if isinstance(world, Unknown) else world_warnings(recipe.cluster, world, machine)
+def _about(world: WorldPlan | Unknown, find: Callable[[WorldPlan], list[str]]) -> list[str]:
+    """What there is to say about a world; nothing about one that is not known."""
+    return [] if isinstance(world, Unknown) else find(world)
 
 
 def default_keys(section: Section, prefix: str = "") -> Iterator[str]:

@@ -22,12 +22,15 @@ LISTED_FILES = 6
 
 
 def show_plan(loaded: LoadedRecipe, *, as_json: bool, sample: bool, strict: bool) -> int:
-    """Print the plan of a recipe; with `strict`, raises UserError when something in it is unknown."""
+    """Print the plan of a recipe. Raises UserError, after printing, when the run would be refused here, and with
+    `strict` when something is unknown."""
     plan = make_plan(loaded, this_machine(), sample=sample)
     if as_json:
         print(json.dumps(to_json(plan), indent=2, ensure_ascii=False))
     else:
         Console().print(render_plan(plan), soft_wrap=True, highlight=False)
+    if plan.problems:
+        raise UserError("\n".join(plan.problems))
     missing = list(unknowns(plan))
     if strict and missing:
         raise UserError("--strict: " + "\n".join(f"{place} is {value}" for place, value in missing))

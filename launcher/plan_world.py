@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ..distributed.attempt import choose_streams
 from ..distributed.data.stream import share_of
-from ..recipes.errors import UserError
 from ..recipes.schema import ClusterConfig, LocalCluster, Recipe
 from .hardware import Machine
 from .unknown import Unknown
@@ -45,31 +44,33 @@ class BatchPlan:
 
 
 def plan_world(cluster: ClusterConfig, machine: Machine) -> WorldPlan | Unknown:
-    """The world a cluster section describes, as seen from `machine`. Raises UserError for more GPUs than there are."""
+    """The world a cluster section describes, as seen from `machine`; `world_problems` tells whether it is there."""
     if cluster.gpus_per_node == 0:
         return _on_cpu(cluster)
+    if cluster.gpus_per_node is not None:
+        return WorldPlan(cluster.nodes, cluster.gpus_per_node, "cuda")
     if isinstance(cluster, LocalCluster):
-        return _local_world(cluster, machine)
-    if cluster.gpus_per_node is None:
-        return Unknown(f"what each node of the Ray cluster at {cluster.address} offers; give cluster.gpus_per_node")
-    return WorldPlan(cluster.nodes, cluster.gpus_per_node, "cuda")
-
-
-def _local_world(cluster: LocalCluster, machine: Machine) -> WorldPlan:
-    if machine.gpus == 0 and cluster.gpus_per_node is None:
-        return _on_cpu(cluster)
-    per_node = machine.gpus // cluster.nodes if cluster.gpus_per_node is None else cluster.gpus_per_node
-    wanted = cluster.nodes * max(1, per_node)
-    if wanted > machine.gpus:
-        raise UserError(
-            f"cluster: {cluster.nodes} x {max(1, per_node)} GPUs are asked for, this machine has {machine.gpus}. "
-            "Ask for fewer (--nodes, --gpus-per-node), or train on the CPU with --gpus-per-node 0."
+        # At least one: more nodes than GPUs must not turn into a run on the CPU.
+        return (
+            WorldPlan(cluster.nodes, max(1, machine.gpus // cluster.nodes), "cuda")
+            if machine.gpus
+            else _on_cpu(cluster)
         )
-    return WorldPlan(cluster.nodes, per_node, "cuda")
+    return Unknown(f"what each node of the Ray cluster at {cluster.address} offers; give cluster.gpus_per_node")
 
 
 def _on_cpu(cluster: ClusterConfig) -> WorldPlan:
     return WorldPlan(cluster.nodes, cluster.processes_per_node or 1, "cpu")
+
+
+def world_problems(cluster: ClusterConfig, world: WorldPlan, machine: Machine) -> list[str]:
+    """Why a run in this world would be refused on `machine`."""
+    if not isinstance(cluster, LocalCluster) or world.device == "cpu" or world.ranks <= machine.gpus:
+        return []
+    return [
+        f"cluster: {world.nodes} x {world.ranks_per_node} GPUs are asked for, this machine has {machine.gpus}. "
+        "Ask for fewer (--nodes, --gpus-per-node), or train on the CPU with --gpus-per-node 0."
+    ]
 
 
 def world_warnings(cluster: ClusterConfig, world: WorldPlan, machine: Machine) -> list[str]:

@@ -16,7 +16,7 @@ from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe, as_stored
 from .hardware import Machine, this_machine
 from .history import read_record, write_report
-from .plan_world import WorldPlan, plan_world, world_warnings
+from .plan_world import WorldPlan, plan_world, world_problems, world_warnings
 from .runs import DEFAULT_RUNS, fresh_name
 from .summary import show_summary, summarise
 from .unknown import Unknown
@@ -27,7 +27,7 @@ def start(loaded: LoadedRecipe, flags: Flags) -> int:
     """Run a recipe as "Running it again" has it; returns the exit code. Raises UserError for a refusal."""
     console, machine = Console(), this_machine()
     world = plan_world(loaded.recipe.cluster, machine)
-    _warn(console, loaded, world, machine)
+    _look_at(console, loaded, world, machine)
     loaded = _renamed(loaded) if flags.fresh else loaded
     run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
     decision = decide(gather(run, lambda line: _say(console, line, "yellow")), as_stored(loaded), flags)
@@ -63,8 +63,12 @@ def _renamed(loaded: LoadedRecipe) -> LoadedRecipe:
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"name": name}))
 
 
-def _warn(console: Console, loaded: LoadedRecipe, world: WorldPlan | Unknown, machine: Machine) -> None:
-    warnings = [] if isinstance(world, Unknown) else world_warnings(loaded.recipe.cluster, world, machine)
+def _look_at(console: Console, loaded: LoadedRecipe, world: WorldPlan | Unknown, machine: Machine) -> None:
+    """Say what is odd about recipe and machine. Raises UserError for a world that is not there."""
+    cluster = loaded.recipe.cluster
+    if not isinstance(world, Unknown) and (problems := world_problems(cluster, world, machine)):
+        raise UserError("\n".join(problems))
+    warnings = [] if isinstance(world, Unknown) else world_warnings(cluster, world, machine)
     for warning in [*loaded.warnings, *warnings]:
         _say(console, f"warning: {warning}", "yellow")
 

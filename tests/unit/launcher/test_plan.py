@@ -14,7 +14,7 @@ from ftlaunch.launcher.hardware import Machine, parse_mebibytes
 from ftlaunch.launcher.plan_data import SourcePlan
 from ftlaunch.launcher.plan_duration import SampleStats, plan_duration
 from ftlaunch.launcher.plan_model import from_headers, plan_checkpoint, plan_memory
-from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_warnings
+from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from ftlaunch.launcher.unknown import Unknown
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.schema import LocalCluster, RayCluster, Recipe
@@ -55,9 +55,16 @@ def test_the_world(cluster, gpus, world):
     ("cluster", "gpus"),
     [(LocalCluster(gpus_per_node=2), 1), (LocalCluster(gpus_per_node=1), 0), (LocalCluster(nodes=4), 2)],
 )
-def test_more_gpus_than_exist_are_an_error(cluster, gpus):
-    with pytest.raises(UserError, match=f"this machine has {gpus}"):
-        plan_world(cluster, Machine(gpus=gpus))
+def test_more_gpus_than_exist_are_a_problem(cluster, gpus):
+    machine = Machine(gpus=gpus)
+    [problem] = world_problems(cluster, plan_world(cluster, machine), machine)
+    assert f"this machine has {gpus}" in problem
+
+
+@pytest.mark.parametrize("cluster", [LocalCluster(gpus_per_node=2), LocalCluster(nodes=2), RayCluster(gpus_per_node=8)])
+def test_gpus_that_are_there_or_elsewhere_are_none(cluster):
+    machine = Machine(gpus=2)
+    assert world_problems(cluster, plan_world(cluster, machine), machine) == []
 
 
 def test_what_a_running_cluster_offers_is_unknown():
@@ -321,6 +328,13 @@ def test_what_cannot_be_known_is_no_error_unless_strict(capsys, place):
 def test_what_the_user_must_mend_is_exit_1(capsys, place, override, said):
     assert cli.main(["plan", "bot.yaml", override]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_would_be_refused_is_planned_whole_and_exit_1(capsys, place):
+    assert cli.main(["plan", "bot.yaml", "--json", "--gpus-per-node=4"]) == 1
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["batch"]["ranks"] == 4
+    assert "this machine has 0" in plan["problems"][0]
 
 
 def test_a_model_folder_without_weights_is_exit_1(capsys, place):
