@@ -27,7 +27,7 @@ ROWS = {
 
 def write_data(source: Source) -> None:
     """A file for each path of a source."""
-    row = ROWS[source.format or "chat"]
+    row = {source.columns.get(name, name): value for name, value in ROWS[source.format or "chat"].items()}
     for path in paths_of(source):
         file = Path(path.replace("*", "part-0"))
         file.parent.mkdir(parents=True, exist_ok=True)
