@@ -16,6 +16,10 @@ HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative. Two orders above the rounding of each dtype (2^-24, 2^-8 with cancellation over a hidden dimension), two
 below what a cap or a scale changes: that is of the order of the losses themselves."""
 
+AMPLIFICATION = 64.0
+"""The head's input is scaled by this while losses are compared: a cap on the logits does nothing yet in a model that
+starts from small random weights, and would set in later. A power of two, so that it costs no precision."""
+
 LEAK_TOLERANCE = 1e-5
 """Relative, in any dtype: masked positions contribute exact zeros, so the very same numbers are expected."""
 
@@ -26,7 +30,8 @@ def choose_head(module: nn.Module, loss_model: LossModel, group: Group, vocabula
     input_ids = torch.randint(vocabulary, (2, LENGTH), generator=_generator())
     batch = _batch(input_ids, torch.arange(LENGTH).expand(2, -1), input_ids.roll(-1, 1), group)
     module.eval()
-    with torch.no_grad():
+    head = loss_model.causal_lm.get_output_embeddings()
+    with torch.no_grad(), head.register_forward_pre_hook(lambda _head, inputs: (inputs[0] * AMPLIFICATION,)):
         difference = _relative_difference(module(batch), module(batch, "own_losses"))
     worst = max(group.peers.gather(difference))
     if worst <= HEAD_TOLERANCE[dtype]:

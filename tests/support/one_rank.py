@@ -96,4 +96,5 @@ def read_steps(recipe: dict[str, Any], group: Group, count: int) -> list[StepBat
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference in units of the largest value."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(torch.finfo(b.dtype).tiny))
+    difference, scale = (a.detach().double() - b.detach().double()).abs().max(), b.detach().double().abs().max()
+    return float(difference / scale.clamp_min(torch.finfo(b.dtype).tiny))

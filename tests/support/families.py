@@ -1,0 +1,77 @@
+"""Tiny configurations of the model families that tests go through; random weights, odd sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny import make_tokenizer
+from transformers import AutoConfig
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 307,
+    "hidden_size": 40,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "qwen3": {"head_dim": 12},
+    "phi3": {"original_max_position_embeddings": 512},
+    "olmo2": {},
+    "granite": {"logits_scaling": 6.0},
+    "gemma2": {"head_dim": 12, "sliding_window": 24, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 12},
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_neox": {"rotary_pct": 0.5},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mamba2": {"state_size": 8, "num_heads": 10, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": {
+        "head_dim": 12,
+        "mamba_d_ssm": 40,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 10,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+    },
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """The configuration of a tiny model."""
+    return AutoConfig.for_model(model_type, **(COMMON | CHANGES[model_type] | changes))
+
+
+def make_config_folder(folder: Path, model_type: str, **changes: Any) -> Path:
+    """config.json and a tokenizer, no weights: what `model.init: random` starts from."""
+    make_tokenizer(folder)
+    tiny_config(model_type, **changes).save_pretrained(folder)
+    return folder
+
+
+def random_recipe(folder: Path, model_type: str, **changes: Any) -> dict[str, Any]:
+    """A recipe that draws a tiny model of a family; its data is never read."""
+    model = make_config_folder(folder / model_type, model_type)
+    recipe: dict[str, Any] = {
+        "name": model_type,
+        "model": {"path": str(model), "init": "random", "dtype": "float32"},
+        "data": {"train": [{"path": "never-read.jsonl", "format": "text"}]},
+        "checkpoint": {"path": str(folder / "runs")},
+    }
+    for section, values in changes.items():
+        recipe[section] = recipe.get(section, {}) | values
+    return recipe
