@@ -158,7 +158,7 @@ def quickstart(folder: Path = Path("ftlaunch-quickstart"), /) -> int:
     """
     from .quickstart import quickstart as run_quickstart
 
-    return run_quickstart(folder)
+    return run_quickstart(folder, os.environ)
 
 
 @app.command

@@ -7,7 +7,7 @@ table says what that gained and what it cost. The folder keeps the recipes, for 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -34,18 +34,19 @@ NUM_WRITTEN = 24
 """Held-out rows that both models answer."""
 
 
-def quickstart(folder: Path) -> int:
-    """Run the whole of it in `folder`; returns the exit code. A second call answers from what is there."""
-    return run(folder, Console())
+def quickstart(folder: Path, environ: Mapping[str, str]) -> int:
+    """Run the whole of it in `folder`; returns the exit code. A second call answers from what is there, `environ`
+    fills variables that the user has written into the recipes."""
+    return run(folder, Console(), environ)
 
 
-def run(folder: str | Path, console: Console) -> int:
+def run(folder: str | Path, console: Console, environ: Mapping[str, str]) -> int:
     """As `quickstart`, on a console of the caller's."""
     place = Path(folder).absolute()
     prepare(place, console)
     for number, (name, what) in enumerate(TRAINING.items(), start=2):
         say(console, f"{number} of 4: {what} ({name}.yaml)")
-        code = start(load_recipe(place / f"{name}.yaml", environ=os.environ), Flags())
+        code = start(load_recipe(place / f"{name}.yaml", environ=environ), Flags())
         if code != 0:
             return code
     say(console, "4 of 4: comparing both models on files that neither has seen")
