@@ -53,8 +53,8 @@ def kind_of(url: str) -> str | None:
     return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
-CACHE_BYTES = 512 * 2**20
-"""Decoded blocks that one rank keeps besides those its streams hold."""
+CACHE_BYTES = 256 * 2**20
+"""Decoded blocks that one rank keeps for a while beyond those its streams hold."""
 
 READERS = 8
 """Block reads in flight per rank."""
@@ -74,10 +74,9 @@ class BlockCache:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="block-reader")
 
-    def prefetch(self, blocks: Iterable[int]) -> None:
-        """Start reading blocks that will be wanted soon."""
-        for block in blocks:
-            self._request(block)
+    def prefetch(self, blocks: Iterable[int]) -> list[Future[Block]]:
+        """Start reading blocks that will be wanted soon. Who holds the answer holds the blocks."""
+        return [self._request(block) for block in blocks]
 
     def get(self, block: int) -> Block:
         """The decoded block. Raises what reading it raises."""

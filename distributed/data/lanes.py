@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +99,7 @@ class LaneReader:
         self._max_epochs = max_epochs
         self._window: Window | None = None
         self._segment: Segment | None = None
+        self._ahead: list[Future[Block]] = []
         self._bytes_of_epochs = 0
         self.position = Position()
         self.streams = order.streams
@@ -163,14 +165,13 @@ class LaneReader:
             return None
         self._window = self._decode(self._segment, first)
         ahead = self._segment.window(first + self._window.slices)
-        self._rows.cache.prefetch(int(self._block_ids[piece.block]) for piece in ahead)
+        self._ahead = self._rows.cache.prefetch(int(self._block_ids[piece.block]) for piece in ahead)
         return self._window
 
     def _decode(self, segment: Segment, first: int) -> Window:
         slices = segment.window(first)
         blocks = [int(self._block_ids[piece.block]) for piece in slices]
-        self._rows.cache.prefetch(blocks)
-        decoded = [self._rows.cache.get(block) for block in blocks]
+        decoded = [future.result() for future in self._rows.cache.prefetch(blocks)]
         ranges = [
             slice_rows(piece, self._order.block_bytes(piece.block), block.num_rows)
             for piece, block in zip(slices, decoded, strict=True)

@@ -133,8 +133,9 @@ class LogicalStream:
     def _draw(self) -> Drawn | None:
         """A row of the lane whose turn it is. A lane that ends leaves the mix; the primary one ends the stream."""
         while True:
-            names = list(self._draws)
-            name = names[next_lane([self._lanes[name].weight for name in names], list(self._draws.values()))]
+            names = [name for name in self._lanes if name in self._draws]  # the recipe's order, not the saved one
+            weights = [self._lanes[name].weight for name in names]
+            name = names[next_lane(weights, [self._draws[name] for name in names])]
             drawn = self._lanes[name].reader.draw()
             if drawn is not None:
                 self._draws[name] += 1

@@ -160,6 +160,7 @@ class Stream:
         start = time.perf_counter()
         step = self._queue.get()
         if isinstance(step, BaseException):
+            self._queue.put(step)  # for whoever asks again: nothing else will come
             raise step
         waited = time.perf_counter() - start
         self.data_wait_s += waited

@@ -97,7 +97,8 @@ class Case(NamedTuple):
 
 def make_case(folder, sources, *, streams, bins_per_stream=1, train=None, data=None):
     recipes, ids = write(folder, sources)
-    index = build_index(recipes, [f"s{i}" for i in range(len(recipes))], block_bytes=64)
+    names = ["s0", "r1", "q2", "p3"][: len(recipes)]  # sorted, as JSON may have them, they stand the other way round
+    index = build_index(recipes, names, block_bytes=64)
     data = {"sequence_length": 16, "pack_buffer": 4, **(data or {})}
     train = {"global_batch_size": streams * bins_per_stream, "seed": 3, **(train or {})}
     recipe = Recipe(name="t", model=Model(path="m"), data=Data(train=recipes, **data), train=Train(**train))
@@ -122,7 +123,7 @@ class Run:
         self.streams = [case.open(rank, world) for rank in range(world)]
         if states is not None:
             for stream in self.streams:
-                stream.restore(json.loads(json.dumps(states)))
+                stream.restore(json.loads(json.dumps(states, sort_keys=True)))
 
     def step(self):
         steps = [stream.next_step() for stream in self.streams]
@@ -386,6 +387,8 @@ def test_an_error_in_the_background_reaches_the_loop(tmp_path):
     index = build_index(case.recipe.data.train, ["s0"])
     stream = case._replace(index=index).open()
     with pytest.raises(UserError, match=r"s0: .*0\.jsonl, block 0, row 1: invalid literal"):
+        stream.next_step()
+    with pytest.raises(UserError, match="row 1"):
         stream.next_step()
     stream.close()
 
