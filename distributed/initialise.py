@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +22,8 @@ from .model import base_name
 
 Fill = Callable[[nn.Parameter, Tensor], None]
 """Copies this rank's part of a whole tensor (on the CPU) into a parameter."""
+
+Tensors = Mapping[str, Tensor | None]
 
 
 def keyed_seed(*key: object) -> int:
@@ -47,25 +49,34 @@ def fill_buffers(loss_model: LossModel, device: torch.device) -> None:
         if not module._buffers:
             continue
         whole = _drawn_module(loss_model, module, seed=0)
+        _check_set(module, whole._buffers, _drawn_module(loss_model, module, seed=0, unset=1)._buffers)
         for name, buffer in whole._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and buffer.isnan().any():
-                raise UserError(
-                    f"model.path: {type(module).__name__}.{name} cannot be rebuilt; this model type is not supported."
-                )
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def fill_random_model(loss_model: LossModel, seed: int, fill: Fill) -> None:
-    """Draw every parameter as the model's own initialisation has it."""
+    """Draw every parameter as the model's own initialisation has it. Raises UserError for one that it leaves out."""
     tied: set[int] = set()
     for prefix, module in loss_model.named_modules():
         own = {name: p for name, p in module._parameters.items() if p is not None and id(p) not in tied}
         if not own:
             continue
-        whole = _drawn_module(loss_model, module, keyed_seed(seed, base_name(f"{prefix}.")))
+        key = keyed_seed(seed, base_name(f"{prefix}."))
+        whole = _drawn_module(loss_model, module, key)
+        _check_set(module, whole._parameters, _drawn_module(loss_model, module, key, unset=1)._parameters)
         for name, parameter in own.items():
             tied.add(id(parameter))
             fill(parameter, whole._parameters[name])  # type: ignore[arg-type]
+
+
+def _check_set(module: nn.Module, tensors: Tensors, again: Tensors) -> None:
+    """Whether a module drawn over two different memories came out the same. A marker like NaN would not do for
+    whole numbers and booleans."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not torch.equal(tensor, again[name]):  # type: ignore[arg-type]
+            raise UserError(
+                f"model.path: {type(module).__name__}.{name} cannot be rebuilt; this model type is not supported."
+            )
 
 
 def fill_adapter(loss_model: LossModel, names: Iterator[str], seed: int, fill: Fill) -> None:
@@ -87,18 +98,17 @@ def fill_adapter(loss_model: LossModel, names: Iterator[str], seed: int, fill: F
         fill(parameter, whole)
 
 
-def _drawn_module(loss_model: LossModel, module: nn.Module, seed: int) -> nn.Module:
-    """A CPU twin of one module (without its children's parameters), initialised by the model's own rules."""
+def _drawn_module(loss_model: LossModel, module: nn.Module, seed: int, unset: int = 0) -> nn.Module:
+    """A CPU twin of one module (without its children's parameters), initialised by the model's own rules; its
+    tensors hold `unset` before that."""
     twin = copy.copy(module)
     twin._parameters = {
-        name: None if p is None else nn.Parameter(torch.zeros(p.shape)) for name, p in module._parameters.items()
+        name: None if p is None else nn.Parameter(torch.full(p.shape, float(unset)))
+        for name, p in module._parameters.items()
     }
-    twin._buffers = {name: None if b is None else _unset(b) for name, b in module._buffers.items()}
+    twin._buffers = {
+        name: None if b is None else torch.full(b.shape, unset, dtype=b.dtype) for name, b in module._buffers.items()
+    }
     with drawn_from(seed), torch.no_grad():
         loss_model.causal_lm._init_weights(twin)
     return twin
-
-
-def _unset(buffer: Tensor) -> Tensor:
-    """NaN where a value is missing, so that it is seen."""
-    return torch.full(buffer.shape, math.nan if buffer.is_floating_point() else 0, dtype=buffer.dtype)

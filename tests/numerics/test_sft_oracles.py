@@ -7,6 +7,7 @@ some hundreds).
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def samples_of(micro: MicroBatch) -> list[tuple[Tensor, Tensor]]:
         starts = [*(positions == 0).nonzero()[0], len(ids)]
         pieces += [
             (torch.from_numpy(ids[start:stop]), torch.from_numpy(targets[start:stop]))
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+            for start, stop in itertools.pairwise(starts)
             if (targets[start:stop] != IGNORED).any()
         ]
     return pieces
