@@ -54,6 +54,8 @@ def _train(
         _say(console, ending.message, "" if ending.exit_code == 0 else "bold red")
     if ending.exit_code == 0:
         sum_up(run, console)
+    else:
+        _say(console, f"what happened so far: {write_report(run, ending.outcome)}", "")
     return ending.exit_code
 
 

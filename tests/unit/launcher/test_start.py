@@ -124,6 +124,7 @@ def test_how_it_ended_is_said_and_returned(capsys, place, ranks, ending, message
     assert code == ending.exit_code
     assert message in said
     assert "next" not in said
+    assert ending.outcome in (place / "runs" / "bot" / "report.html").read_text()
 
 
 def test_an_unfinished_run_continues(capsys, place, ranks):
