@@ -9,6 +9,7 @@ S3 endpoints and credentials come from the environment, as botocore reads them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
@@ -242,7 +243,13 @@ def create_exclusive(url: str, data: bytes, retry: RetryPolicy = RETRY) -> bool:
 
     def create() -> bool:
         fs, path = filesystem(url)
-        fs.pipe_file(path, data, mode="create")
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            # Some S3-compatible stores answer 412 without naming the condition, of which s3fs makes EINVAL.
+            if error.errno == errno.EINVAL and fs.exists(path):
+                return False
+            raise
         return True
 
     def attempt() -> bool:

@@ -78,10 +78,8 @@ class TextEncoder:
             return _ids(encoding), np.ones(len(encoding.ids), np.bool_)
         text, spans = self.chat_template.spans(messages, tools)
         encoding = self._encode(text, add_special_tokens=False)
-        mask = np.zeros(len(encoding.ids), np.bool_)
-        for span in spans[-1:] if train_on == "last_assistant" else spans:
-            mask |= self._span_mask(encoding, span, text)
-        return _ids(encoding), mask
+        trained = spans[-1:] if train_on == "last_assistant" else spans
+        return _ids(encoding), self._mask(encoding, trained, text)
 
     def prompt_completion(self, prompt: str, completion: str) -> Encoded:
         """Prompt, completion, end of sequence, tokenised as one text; a token across the boundary counts as
@@ -123,22 +121,23 @@ class TextEncoder:
             np.concatenate([mask[first:last], np.ones(1, np.bool_)]),
         )
 
-    def _span_mask(self, encoding: Encoding, span: Span, text: str) -> npt.NDArray[np.bool_]:
-        """Tokens that overlap a span; blank text behind its last special token is no part of the turn."""
-        start, stop = span
-        starts, stops = _starts(encoding), _stops(encoding)
-        inside = np.flatnonzero((stops > start) & (starts < stop))
-        special = [place for place in inside if encoding.ids[place] in self._special_ids]
-        if special and not text[stops[special[-1]] : stop].strip():
-            inside = inside[inside <= special[-1]]
-        mask = np.zeros(len(starts), np.bool_)
-        mask[inside] = True
-        return mask
-
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def _special_ids(self) -> npt.NDArray[np.int32]:
         added = self.tokenizer.get_added_tokens_decoder()
-        return frozenset(number for number, token in added.items() if token.special)
+        return np.array([number for number, token in added.items() if token.special], np.int32)
+
+    def _mask(self, encoding: Encoding, spans: Sequence[Span], text: str) -> npt.NDArray[np.bool_]:
+        """Tokens that overlap a span; blank text behind a span's last special token is no part of the turn."""
+        starts, stops = _starts(encoding), _stops(encoding)
+        special = np.isin(_ids(encoding), self._special_ids)
+        mask = np.zeros(len(starts), np.bool_)
+        for start, stop in spans:
+            inside = (stops > start) & (starts < stop)
+            ends = np.flatnonzero(inside & special)
+            if len(ends) and not text[stops[ends[-1]] : stop].strip():
+                inside[ends[-1] + 1 :] = False
+            mask |= inside
+        return mask
 
 
 def _ids(encoding: Encoding) -> npt.NDArray[np.int32]:
