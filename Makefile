@@ -18,7 +18,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no
 # Not `python -m pytest`, which would put our folders (`distributed`, `cluster`, ...) on the import path bare.
 PYTEST := $(BIN)/pytest
 
-.PHONY: help quickstart install install-test test evidence check lint format types contracts clean
+.PHONY: help quickstart install install-test test evidence benchmark check lint format types contracts clean
 
 help: ## List what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,14 @@ ifeq ($(strip $(NAME)),)
 	@$(PYTEST) -q -m evidence --collect-only $(ARGS)
 else
 	@$(PYTEST) -m evidence -k "$(NAME)" --timeout 0 $(ARGS)
+endif
+
+benchmark: $(VENV)/.installed-bench ## One benchmark: NAME=...; without NAME: list them (ARGS="--rounds 9")
+ifeq ($(strip $(NAME)),)
+	@echo "Choose a benchmark with NAME=...; these are there:"
+	@grep -l '^CLAIM' benchmarks/*.py | sed 's|.*/\(.*\)\.py|  \1|'
+else
+	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 endif
 
 check: lint types contracts test ## Everything a change must pass
@@ -69,6 +77,12 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.created
 	@echo "Installing ftlaunch with its test extras into $(VENV) (torch is large: some minutes on the first time) ..."
 	@$(PIP) -e '.[test]'
 	@touch $(VENV)/.installed $@
+
+# Peers for benchmarks come on top of the test extras.
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	@echo "Installing the peers of the benchmarks into $(VENV) ..."
+	@$(PIP) -e '.[bench]'
+	@touch $@
 
 # An interpreter counts when it starts (a version manager's shim may not), is new enough and can make environments.
 $(VENV)/.created:
