@@ -225,15 +225,21 @@ def _path_files(path: str) -> list[FileInfo]:
     files = storage.list_files(path, tuple(SUFFIXES))
     if files:
         return files
-    parent = path.rstrip("/")
-    while parent and not storage.is_folder(parent) and posixpath.dirname(parent) not in (parent, ""):
-        parent = posixpath.dirname(parent)
-    names = storage.list_names(parent) if storage.is_folder(parent) else []
+    raise UserError(f"{path}: no data files found. {_near(path)} Data files end in {', '.join(SUFFIXES)}.")
+
+
+def _near(path: str) -> str:
+    """What there is on the way to a path, in words."""
+    scheme, separator, place = path.rpartition("://")
+    place = place.rstrip("/")
+    while place and not storage.is_folder(scheme + separator + place):
+        place = posixpath.dirname(place)
+    if separator and not place:
+        return "No part of that path exists, the bucket neither."
+    folder = scheme + separator + (place or ".")
+    names = storage.list_names(folder)
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise UserError(
-        f"{path}: no data files found. Nearest folder: {parent}, which holds {listed or 'nothing'}. "
-        f"Data files end in {', '.join(SUFFIXES)}."
-    )
+    return f"Nearest folder: {folder}, which holds {listed or 'nothing'}."
 
 
 def _kind(file: FileInfo) -> str:

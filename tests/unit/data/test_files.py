@@ -198,6 +198,8 @@ def test_nothing_found_says_what_is_near(tmp_path):
             UserError, match=rf"no data files found. Nearest folder: {tmp_path}/data, which holds notes.md"
         ):
             index_of(tmp_path / pattern)
+    with pytest.raises(UserError, match=r"Nearest folder: \., which holds"):
+        index_of("nowhere/*.parquet")
     with pytest.raises(UserError, match=r"notes\.md: not a known kind of data file"):
         index_of(tmp_path / "data" / "*.md")
 

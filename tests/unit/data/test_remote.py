@@ -121,6 +121,8 @@ def test_s3_mistakes_name_the_place(s3):
         storage.read_bytes("s3://acme/none.bin")
     with pytest.raises(UserError, match=r"Nearest folder: s3://acme"):
         build_index([Source(path="s3://acme/none/*.parquet")], ["s"])
+    with pytest.raises(UserError, match="the bucket neither"):
+        build_index([Source(path="s3://nowhere-at-all/a/*.parquet")], ["s"])
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
