@@ -1,0 +1,165 @@
+"""Options of training: each does what it says, and none changes what is learned unless it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  imported before the ranks are forked
+from harness import run_distributed
+from one_rank import Rank
+from safetensors.torch import load_file
+from tiny import recipe_for
+from training import Trained, train, train_all
+
+from ftlaunch.distributed.model import base_name
+from ftlaunch.distributed.world import World
+
+FP32_TOLERANCE = 1e-5
+"""Relative, of a loss after some steps: sums in another order."""
+
+BF16_TOLERANCE = 5e-3
+"""Relative. bf16 has 8 bits (2^-8 = 4e-3) for each activation, and shards change which sums round where; the loss
+averages over some hundred tokens, and masters and reductions are fp32, so that nothing adds up over steps."""
+
+
+def recipe(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Few steps, no evaluation, one checkpoint."""
+    shared: dict[str, Any] = {
+        "name": name,
+        "data": {"sequence_length": 96},
+        "evaluate": {"at_start": False, "at_end": False},
+        "checkpoint": {"every_steps": None},
+        "train": {"max_steps": 4},
+    }
+    for section, values in changes.items():
+        shared[section] = {**shared.get(section, {}), **values} if isinstance(values, dict) else values
+    return recipe_for(folder, **shared)
+
+
+def weights(run: Trained) -> dict[str, torch.Tensor]:
+    """The published tensors of a run's newest checkpoint."""
+    return {name: value for file in run.checkpoint.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def test_dropout_does_not_depend_on_the_layout(tmp_path):
+    """At one micro-batch size that divides a stream's bins (4 streams of 2), the same bins share a micro-batch."""
+    changes: dict[str, Any] = {
+        "adapter": {"type": "lora", "rank": 4, "dropout": 0.1},
+        "data": {"sequence_length": 96, "streams": 4},
+    }
+    runs = [train(recipe(tmp_path, f"world-{size}", **changes), size) for size in (1, 2, 3)]
+    [without] = train_all([recipe(tmp_path, "without", **{**changes, "adapter": {"type": "lora", "rank": 4}})])
+    for run in runs:
+        assert run.losses == pytest.approx(runs[0].losses, rel=FP32_TOLERANCE)
+        assert run.losses != pytest.approx(without.losses, rel=10 * FP32_TOLERANCE)
+
+
+def test_dropout_repeats(tmp_path):
+    """Bit for bit: nothing of it comes from anywhere but seed, step and bin."""
+    changes = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.1}}
+    one, two = train_all([recipe(tmp_path, name, **changes) for name in ("one", "two")])
+    assert one.losses == two.losses
+
+
+def test_bfloat16_on_two_ranks(tmp_path):
+    settings = {"model": {"dtype": "bfloat16"}}
+    one = train(recipe(tmp_path, "one", **settings), 1)
+    two = train(recipe(tmp_path, "two", **settings), 2)
+    assert two.losses == pytest.approx(one.losses, rel=BF16_TOLERANCE)
+    assert one.losses[-1] < one.losses[0]
+    assert {value.dtype for value in weights(two).values()} == {torch.bfloat16}
+
+
+def dtypes_after_a_step(rank: int, size: int, settings: dict[str, Any]) -> dict[str, tuple[bool, torch.dtype]]:
+    """Whether each parameter is trained, and the dtype that this rank stores it in."""
+    made = Rank.build(settings, World(rank=rank, size=size, local_rank=rank, local_size=size))
+    batch = {name: torch.arange(16)[None] for name in ("input_ids", "position_ids", "targets")}
+    made.engine.module.train()
+    loss = made.engine.module(batch).sum()
+    made.engine.backward(loss, 16.0, last_micro_batch=True)
+    assert made.engine.step() > 0
+    return {base_name(name): (p.requires_grad, p.dtype) for name, p in made.engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 4}])
+def test_masters_stay_fp32(tmp_path, adapter):
+    """What is trained is stored in fp32 whatever it computes in; what is frozen takes only the memory it needs."""
+    settings = recipe(tmp_path, "masters", model={"dtype": "bfloat16"}, adapter=adapter)
+    for kinds in run_distributed(dtypes_after_a_step, 2, settings):
+        assert {dtype for trained, dtype in kinds.values() if trained} == {torch.float32}
+        frozen = {dtype for trained, dtype in kinds.values() if not trained}
+        assert frozen == (set() if adapter is None else {torch.bfloat16})
+
+
+def test_train_layers_freezes_the_others(tmp_path):
+    patterns = ["model.layers.2.*", "lm_head.weight"]
+    run = train(recipe(tmp_path, "some", model={"train_layers": patterns}), 2)
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = weights(run)
+    assert after.keys() == before.keys()
+    for name, values in after.items():
+        trained = name.startswith(("model.layers.2.", "lm_head."))
+        assert torch.equal(values, before[name]) != trained, name
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    """Bit for bit: the same kernels compute the same numbers twice."""
+    plain, again = train_all(
+        [
+            recipe(tmp_path, "plain"),
+            recipe(tmp_path, "again", train={"max_steps": 4, "activation_checkpointing": True}),
+        ],
+        2,
+    )
+    assert again.losses == plain.losses and again.grad_norms == plain.grad_norms
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(again).items())
+
+
+def test_activation_checkpointing_with_an_adapter(tmp_path):
+    """Frozen embeddings give blocks inputs without gradients, on which re-entrant checkpointing would learn nothing;
+    and dropout must fall the same way the second time."""
+    changes = {"adapter": {"type": "lora", "rank": 4, "dropout": 0.1}}
+    plain, again = train_all(
+        [
+            recipe(tmp_path, "plain", **changes),
+            recipe(tmp_path, "again", train={"max_steps": 4, "activation_checkpointing": True}, **changes),
+        ]
+    )
+    assert again.losses == plain.losses and again.grad_norms == plain.grad_norms
+    assert len(set(again.losses)) == 4
+
+
+def test_compiled_blocks(tmp_path):
+    """Fused kernels round elsewhere, and learn the same."""
+    small = {"max_steps": 2, "global_batch_size": 2, "micro_batch_size": 1}
+    plain, compiled = train_all(
+        [recipe(tmp_path, "plain", train=small), recipe(tmp_path, "compiled", train={**small, "compile": True})]
+    )
+    assert compiled.losses == pytest.approx(plain.losses, rel=FP32_TOLERANCE)
+    assert compiled.grad_norms == pytest.approx(plain.grad_norms, rel=5 * FP32_TOLERANCE)
+
+
+def test_resharding_changes_nothing(tmp_path):
+    """Keeping gathered weights costs memory, not numbers."""
+    freed, kept = train_all(
+        [
+            recipe(tmp_path, "freed", strategy={"type": "fsdp"}),
+            recipe(tmp_path, "kept", strategy={"type": "fsdp", "reshard_after_forward": False}),
+        ],
+        2,
+    )
+    assert kept.losses == freed.losses
+
+
+def test_weight_decay_spares_vectors(tmp_path):
+    """With gradients too small to matter beside it, decay is all that happens: to matrices by exactly its factor, to
+    norms not at all."""
+    settings = {"learning_rate": 1e-3, "lr_scheduler": "constant", "max_steps": 1, "eps": 1e30, "weight_decay": 0.5}
+    run = train(recipe(tmp_path, "decay", train=settings), 2)
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    for name, values in weights(run).items():
+        expected = before[name] * (1 - 1e-3 * 0.5) if values.ndim > 1 else before[name]
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-9, msg=name)

@@ -1,0 +1,56 @@
+"""What a run starts from is the same model at every world size, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import run_distributed
+from one_rank import Rank
+from tiny import recipe_for
+
+from ftlaunch.distributed.world import World
+
+Pieces = list[tuple[str, int, int, np.ndarray]]
+
+
+def pieces_of(rank: int, size: int, recipe: dict[str, Any]) -> Pieces:
+    """(tensor, begin, end, values) of everything that this rank holds of the published model."""
+    built = Rank.build(recipe, World(rank=rank, size=size, local_rank=rank, local_size=size))
+    return [
+        (fragment.spec.name, start, stop, fragment.values.float().numpy().copy())
+        for fragment in built.engine.fragments("model")
+        for start, stop in fragment.ranges
+    ]
+
+
+def assembled(ranks: list[Pieces]) -> dict[str, np.ndarray]:
+    """Whole tensors; ranks that hold the same part must agree."""
+    sizes: dict[str, int] = {}
+    for name, _, stop, _ in (piece for pieces in ranks for piece in pieces):
+        sizes[name] = max(stop, sizes.get(name, 0))
+    whole = {name: np.full(size, np.nan, dtype=np.float32) for name, size in sizes.items()}
+    for name, start, stop, values in (piece for pieces in ranks for piece in pieces):
+        there = whole[name][start:stop]
+        assert np.isnan(there).all() or np.array_equal(there, values), name
+        there[:] = values
+    return whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [None, {"type": "lora", "rank": 4, "modules_to_save": ["lm_head"]}])
+def test_the_same_model_at_every_world_size(tmp_path, adapter, dtype):
+    """A random model; with an adapter: its tensors, over a pretrained one."""
+    changes = {"model": {"init": "random" if adapter is None else "pretrained", "dtype": dtype}, "adapter": adapter}
+    reference: dict[str, np.ndarray] = {}
+    for size, strategy in [(1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (3, "ddp"), (4, "fsdp")]:
+        recipe = recipe_for(tmp_path, strategy={"type": strategy}, **changes)
+        whole = assembled(run_distributed(pieces_of, size, recipe))
+        reference = reference or whole
+        assert whole.keys() == reference.keys()
+        for name, values in whole.items():
+            assert not np.isnan(values).any(), name
+            assert np.array_equal(values, reference[name]), f"{name} at {size} ranks, {strategy}"
+    spreads = {name: values.std() for name, values in reference.items()}
+    assert sum(spread > 0 for spread in spreads.values()) >= len(spreads) // 3
