@@ -22,13 +22,13 @@ from ..recipes.load import load_recipe
 from . import quickstart_data as data
 from .history import read_record
 from .quickstart_model import CONFIG, VOCABULARY, build_model_folder
-from .quickstart_table import Outcome, Side, render_outcome
+from .quickstart_table import Outcome, Side, show_outcome
 from .record import before_and_after
 from .start import start
 
 SEQUENCE_LENGTH = 256
 BASE_STEPS = 1_200
-TUNED_STEPS = 600
+TUNED_STEPS = 800
 """Together about four minutes on two processor cores."""
 NUM_WRITTEN = 24
 """Held-out rows that both models answer."""
@@ -50,7 +50,7 @@ def run(folder: str | Path, console: Console, environ: Mapping[str, str]) -> int
         if code != 0:
             return code
     say(console, "4 of 4: comparing both models on files that neither has seen")
-    console.print(render_outcome(compare(place), shown_path(place)))
+    show_outcome(compare(place), shown_path(place), console)
     return 0
 
 

@@ -41,9 +41,9 @@ HELD_OUT_SHARE = 0.1
 """Share of files held out; about 50 files."""
 MIN_FILES = 100
 """Fewer than this and the standard library is not really there (stripped images, zipped libraries)."""
-PAGE_CHARS = 2_000
-"""About 700 tokens: short enough that a step sees several files."""
-HELD_OUT_PAGES = 120
+PAGE_CHARS = 420
+"""150 to 250 tokens, so that most fit a sequence: every sequence of a step is then from another file."""
+HELD_OUT_PAGES = 280
 """Keeps one evaluation at a few seconds."""
 MAX_DOC_CHARS = 120
 """About 45 tokens: the names matter more, and short prompts are more prompts."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_ROWS = 16
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 64
 IGNORED = -100
 
 
@@ -35,8 +35,12 @@ class Probe:
 
 def probe(checkpoint: str, rows: Sequence[Row], num_written: int) -> Probe:
     """Load a checkpoint folder and try it on `rows`; it answers the first `num_written` of them greedily."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # a model this small gains nothing from more, and suffers where cores are shared
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     return Probe(

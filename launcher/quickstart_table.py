@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -36,9 +36,10 @@ class Outcome:
     rows: tuple[Row, ...]
 
 
-def render_outcome(outcome: Outcome, folder: str) -> RenderableType:
-    """The whole result."""
-    return Group(Text(), figures(outcome), Text(), answers(outcome), Text(), next_commands(folder))
+def show_outcome(outcome: Outcome, folder: str, console: Console) -> None:
+    """Print the whole result; long commands are not wrapped, so that they can be copied."""
+    console.print(Group(Text(), figures(outcome), Text(reading(outcome.tuned), style="dim"), Text(), answers(outcome)))
+    console.print(Text(), next_commands(folder), sep="\n", soft_wrap=True, highlight=False)
 
 
 def figures(outcome: Outcome) -> Table:
@@ -57,8 +58,6 @@ def figures(outcome: Outcome) -> Table:
         f"{tuned.parsing_share:.0%}",
         "",
     )
-    table.caption = reading(tuned)
-    table.caption_justify = "left"
     return table
 
 
@@ -90,7 +89,7 @@ def answers(outcome: Outcome) -> Table:
 
 def answer(written: Sequence[str], index: int) -> Text:
     """One answer; red if it is no Python."""
-    return Text(written[index], style="" if parses(written[index]) else "red")
+    return Text(written[index] or "(nothing)", style="" if parses(written[index]) else "red")
 
 
 def next_commands(folder: str) -> Text:
@@ -101,6 +100,6 @@ def next_commands(folder: str) -> Text:
         f"ftlaunch check {folder}/tuned.yaml                what the model learns from, token by token",
         f"ftlaunch {folder}/tuned.yaml --fresh              train again, after you edited the recipe",
         f"ftlaunch generate {folder}/runs/tuned $'{question}'",
-        f"open {folder}/runs/tuned/report.html              curves, counts, environment",
+        f"{folder}/runs/tuned/report.html                   curves, counts, environment (for a browser)",
     ]
     return Text("\n").join([Text("next", style="bold"), *(Text(f"  {line}") for line in lines)])

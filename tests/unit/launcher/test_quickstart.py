@@ -164,11 +164,11 @@ def test_probe_answers_rows_as_if_each_were_alone(place: Path, checkpoint: Path,
 
 def test_table() -> None:
     row = {"messages": [{"role": "user", "content": "Signature of the function f with [a]?"}, {"role": "assistant"}]}
-    base = quickstart_table.Side(4.0, 4.0, 3.0, 4.1, 0.0, ("f f f",))
+    base = quickstart_table.Side(4.0, 4.0, 3.0, 4.1, 0.0, ("",))
     tuned = quickstart_table.Side(2.0, 2.000002, 3.3, 2.9, 1.0, ("def f(a):",))
     output = io.StringIO()
     outcome = quickstart_table.Outcome(base, tuned, (row,))
-    Console(file=output, width=120).print(quickstart_table.render_outcome(outcome, "qs"))
+    quickstart_table.show_outcome(outcome, "qs", Console(file=output, width=120))
     shown = output.getvalue()
     for expected in (
         "-50%",
