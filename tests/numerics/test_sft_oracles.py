@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from one_rank import Rank, read_steps, relative
 from tiny import recipe_for
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from ftlaunch.distributed.data.stream import MicroBatch, StepBatches
 from ftlaunch.recipes.methods.base import IGNORED
@@ -29,6 +31,20 @@ gradients near zero turns rounding into changes of a fair part of the learning r
 
 STEPS = 3
 LEARNING_RATE = 1e-3
+
+SHARED_ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "learning_rate": LEARNING_RATE,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.0,
+    "optim": "adamw_torch",
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
 
 
 def recipe(folder: Path, packing: bool, micro_batch_size: int) -> dict[str, Any]:
@@ -63,8 +79,8 @@ def hf_inputs(micro: MicroBatch) -> dict[str, Tensor]:
     }
 
 
-class RecordingTrainer(Trainer):
-    """Keeps each step's loss and the gradients of its whole global batch."""
+class Recording:
+    """A trainer that keeps each micro-batch's share of the loss, and the gradients of each whole global batch."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -82,24 +98,23 @@ class RecordingTrainer(Trainer):
         return loss
 
 
+class RecordingTrainer(Recording, Trainer):
+    pass
+
+
+class RecordingSFTTrainer(Recording, SFTTrainer):
+    pass
+
+
 def train_with_hf(model_folder: str, steps: list[StepBatches], output: Path) -> RecordingTrainer:
     """HF Trainer on our micro-batches, in our order."""
     micro_batches = [hf_inputs(micro) for step in steps for micro in step.micro_batches]
     arguments = TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=1,
         gradient_accumulation_steps=len(steps[0].micro_batches),
         max_steps=len(steps),
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        max_grad_norm=0.0,
-        optim="adamw_torch",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         remove_unused_columns=False,
+        **SHARED_ARGUMENTS,
     )
     trainer = RecordingTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
@@ -158,6 +173,40 @@ def test_a_loop_over_single_samples(tmp_path, group, packing):
     gradients = rank.gradients()
     for name, parameter in model.named_parameters():
         assert relative(gradients[name], parameter.grad) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_trl(tmp_path, group, packing):
+    """TRL gets the samples of a global batch one by one, as a tokenised data set; ours may lie packed."""
+    settings = recipe(tmp_path, packing, 2)
+    [step] = read_steps(settings, group, 1)
+    rows = [
+        {"input_ids": input_ids.tolist(), "labels": [IGNORED, *targets[:-1].tolist()]}
+        for micro in step.micro_batches
+        for input_ids, targets in samples_of(micro)
+    ]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        gradient_accumulation_steps=len(rows),
+        max_steps=1,
+        max_length=None,
+        gradient_checkpointing=False,
+        **SHARED_ARGUMENTS,
+    )
+    trl = RecordingSFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(settings["model"]["path"], dtype=torch.float32),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(settings["model"]["path"]),
+    )
+    trl.train()
+    rank = Rank.build(settings)
+    assert len(trl.micro_losses) == len(rows)
+    assert rank.accumulate(step) == pytest.approx(sum(trl.micro_losses), rel=TOLERANCE)
+    ours, [theirs] = rank.gradients(), trl.gradients
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert relative(ours[name], gradient) <= TOLERANCE, name
 
 
 def samples_of(micro: MicroBatch) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ftlaunch.distributed import group as groups
 from ftlaunch.distributed.attempt import begin_attempt
@@ -72,7 +73,7 @@ class Rank:
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients by the model's own names; collective."""
         return {
-            base_name(name): parameter.grad.full_tensor().clone()
+            base_name(name): _whole(parameter.grad)
             for name, parameter in self.engine.module.named_parameters()
             if parameter.grad is not None
         }
@@ -80,9 +81,12 @@ class Rank:
     def weights(self) -> dict[str, Tensor]:
         """Whole parameters by the model's own names; collective."""
         return {
-            base_name(name): parameter.detach().full_tensor().clone()
-            for name, parameter in self.engine.module.named_parameters()
+            base_name(name): _whole(parameter.detach()) for name, parameter in self.engine.module.named_parameters()
         }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def read_steps(recipe: dict[str, Any], group: Group, count: int) -> list[StepBatches]:
