@@ -119,7 +119,8 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
 def _optimizer_step(run: Run, batches: StepBatches, totals: StepTotals, rate: float) -> tuple[float, float]:
     """One update from one sum divided by one weight; (loss, gradient norm before clipping)."""
     run.engine.set_learning_rate(rate)
-    run.engine.module.train()
+    if not run.engine.module.training:
+        run.engine.module.train()  # walks all modules, which short steps would feel
     losses = [
         _micro_batch(run, micro, totals.weight, last=index == len(batches.micro_batches) - 1)
         for index, micro in enumerate(batches.micro_batches)
@@ -132,8 +133,9 @@ def _optimizer_step(run: Run, batches: StepBatches, totals: StepTotals, rate: fl
 
 
 def _micro_batch(run: Run, micro: MicroBatch, weight: float, *, last: bool) -> Tensor:
-    seed_dropout(run.recipe.train.seed, run.extent.steps, micro.first_bin)
-    terms = run.method.loss(run.models, on_device(micro.batch, run.group.world.device))
+    device = run.group.world.device
+    seed_dropout(run.recipe.train.seed, run.extent.steps, micro.first_bin, device)
+    terms = run.method.loss(run.models, on_device(micro.batch, device))
     run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
     return terms.loss_sum.detach()
 

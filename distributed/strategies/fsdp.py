@@ -58,6 +58,8 @@ class FsdpEngine:
         """Memory for this rank's shards, then the values that no file holds."""
         self.module.to_empty(device=self._device)
         built, seed = self._built, self._recipe.train.seed
+        if not isinstance(self.module, FSDPModule):
+            built.loss_model.causal_lm.tie_weights()  # plain parameters have been replaced one by one
         fill_buffers(built.loss_model, self._device)
         if self._recipe.model.init == "random":
             fill_random_model(built.loss_model, seed, self._fill)
@@ -186,8 +188,16 @@ def _mesh(recipe: Recipe, world: World) -> DeviceMesh:
 
 
 def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
-    """compile → shard blocks → shard the rest; activation checkpointing is already in the blocks."""
+    """compile → shard blocks → shard the rest; activation checkpointing is already in the blocks.
+
+    A single rank in fp32 has nothing to shard and nothing to cast: there FSDP2 would only copy every weight in both
+    directions of each step.
+    """
     dtype = DTYPES[recipe.model.dtype]
+    if mesh.size() == 1 and dtype == torch.float32:
+        for block in _blocks(built) if recipe.train.compile else ():
+            block.compile()
+        return built.loss_model
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -212,13 +222,13 @@ def _blocks(built: BuiltModel) -> list[nn.Module]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor._local_tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _local_range(parameter: Tensor) -> tuple[int, int]:
     """Where this rank's shard lies in the flattened tensor; dimension 0 is the sharded one, so it is contiguous."""
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.numel()
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     row = parameter.shape[1:].numel()
     return offset[0] * row, (offset[0] + shape[0]) * row
