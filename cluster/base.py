@@ -6,7 +6,9 @@ same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -28,11 +30,13 @@ class Demand:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A Ray cluster this process is connected to. `shares_files`: whether its nodes see this machine's files and
-    Python environment, so that no code has to be shipped."""
+    """A Ray cluster this process is connected to."""
 
     address: str
-    shares_files: bool
+
+
+CodeFolder = Callable[[], Path]
+"""Makes a folder named `ftlaunch` with the package's files, to be shipped to nodes that do not share ours."""
 
 
 class Cluster(Protocol):
@@ -47,8 +51,9 @@ class Cluster(Protocol):
         """What would be started or submitted, as text that a person can read and apply by hand."""
         ...
 
-    def up(self) -> Endpoint:
-        """Bring Ray up (or find it) and connect to it. Raises UserError or InfrastructureError."""
+    def up(self, code: CodeFolder) -> Endpoint:
+        """Bring Ray up (or find it) and connect to it, so that its workers can import ftlaunch. Raises UserError or
+        InfrastructureError."""
         ...
 
     def down(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.schema import RayCluster
-from .base import Demand, Endpoint
+from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import quiet
 
 
@@ -21,24 +24,13 @@ class Existing:
     def render(self) -> str:
         return f"ray.init(address={self._config.address!r})"
 
-    def up(self) -> Endpoint:
-        quiet()
-        import ray
-
-        try:
-            context = ray.init(address=self._config.address, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            raise InfrastructureError(
-                f"cluster.address: no Ray cluster answers at {self._config.address}: {error}. Start one with "
-                "`ray start --head`, or leave `cluster:` out to train on this machine."
-            ) from error
+    def up(self, code: CodeFolder) -> Endpoint:
+        address = _connect(self._config.address, {"py_modules": [str(code())]})
         self._check_room()
-        return Endpoint(address=context.address_info["gcs_address"], shares_files=False)
+        return Endpoint(address)
 
     def _check_room(self) -> None:
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = _alive_nodes()
         if len(nodes) < self._demand.nodes:
             raise UserError(
                 f"cluster.nodes: {self._demand.nodes} nodes are asked for, the Ray cluster at {self._config.address} "
@@ -56,3 +48,48 @@ class Existing:
         import ray
 
         ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What every node of a cluster has at least."""
+
+    gpus_per_node: int
+    cpus_per_node: int
+
+
+def ask(config: RayCluster) -> Offer:
+    """Look at a running cluster. Raises InfrastructureError if it does not answer."""
+    import ray
+
+    _connect(config.address, {})
+    try:
+        nodes = _alive_nodes()
+    finally:
+        ray.shutdown()
+    return Offer(
+        gpus_per_node=int(min(node.get("GPU", 0) for node in nodes)),
+        cpus_per_node=int(min(node.get("CPU", 0) for node in nodes)),
+    )
+
+
+def _connect(address: str, runtime_env: dict[str, Any]) -> str:
+    quiet()
+    import ray
+
+    try:
+        context = ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise InfrastructureError(
+            f"cluster.address: no Ray cluster answers at {address}: {error}. Start one with `ray start --head`, or "
+            "leave `cluster:` out to train on this machine."
+        ) from error
+    found: str = context.address_info["gcs_address"]
+    return found
+
+
+def _alive_nodes() -> list[dict[str, float]]:
+    """Resources of each node that is up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -6,7 +6,7 @@ import functools
 import secrets
 
 from ..recipes.schema import LocalCluster
-from .base import Demand, Endpoint
+from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import configure, quiet
 
 
@@ -31,7 +31,7 @@ class Local:
         gpus = f" --num-gpus {demand.ranks}" if demand.uses_gpus else ""
         return f"ray start --head --num-cpus {demand.ranks * demand.cpus_per_rank}{gpus}"
 
-    def up(self) -> Endpoint:
+    def up(self, _code: CodeFolder) -> Endpoint:
         # A token of its own: other users of this machine can reach loopback ports.
         configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
         quiet()
@@ -46,7 +46,7 @@ class Local:
             log_to_driver=False,
             logging_level="ERROR",
         )
-        return Endpoint(address=context.address_info["gcs_address"], shares_files=True)
+        return Endpoint(address=context.address_info["gcs_address"])
 
     def down(self) -> None:
         import ray

@@ -69,7 +69,8 @@ def decide(facts: Facts, new: Recipe, flags: Flags) -> Decision:
     if facts.recipe is None:
         return Decision("new", f"new run {new.name}")
     comparison = compare(facts.recipe, new)
-    if comparison.stops and not flags.accept_changes:
+    # Without a checkpoint nothing is lost by other values: the first try may have failed on the one that was wrong.
+    if comparison.stops and facts.step is not None and not flags.accept_changes:
         return Decision("stop", _stop(new.name, comparison), comparison.stops)
     if facts.finished and not comparison.extends:
         return Decision("finished", f"run {new.name} is finished (step {facts.step})", comparison.changes)

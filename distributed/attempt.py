@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe
@@ -26,6 +27,8 @@ class Attempt:
     run: RunDirectory
     number: int
     streams: int
+    started_at: datetime
+    """When the run first started; templates that print the date print this one."""
     resume: CommitRecord | None
     notes: tuple[str, ...] = field(default=())
     """Things about the run directory that the user should read."""
@@ -44,11 +47,21 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     run.write_environment()
     # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.
     storage.delete_tree(run.path("result.json"))
-    facts = run.record_facts(
-        {"format": FORMAT, "streams": choose_streams(recipe, world_size), "seed": recipe.train.seed}
-    )
     notes: list[str] = []
-    return Attempt(run, number, facts["streams"], latest(run.url, notes.append), tuple(notes))
+    resume = latest(run.url, notes.append)
+    if resume is None:
+        # Nothing depends on the facts of an attempt that saved nothing, and the recipe may have changed since.
+        storage.delete_tree(run.path("facts.json"))
+    facts = run.record_facts(
+        {
+            "format": FORMAT,
+            "streams": choose_streams(recipe, world_size),
+            "seed": recipe.train.seed,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+    started_at = datetime.fromisoformat(facts["started_at"])
+    return Attempt(run, number, facts["streams"], started_at, resume, tuple(notes))
 
 
 def _store_recipe(run: RunDirectory, text: str, number: int) -> None:

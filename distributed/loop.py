@@ -74,7 +74,9 @@ def _steps(run: Run) -> str:
     while not _is_over(run):
         watch.lap()  # saving and evaluating are no part of a step
         batches, totals = _agree_on_step(run)
+        run.saver.rejections.note(batches.rejections)
         if totals.num_bins == 0:
+            _refuse_no_data(run)
             return "finished"
         after = run.extent.after(tokens=totals.num_tokens, served_bytes=totals.served_bytes)
         rate = learning_rate(run.recipe.train, run.extent, after, run.stream.total_bytes)
@@ -90,6 +92,16 @@ def _steps(run: Run) -> str:
         if totals.stop:
             return "interrupted"
     return "finished"
+
+
+def _refuse_no_data(run: Run) -> None:
+    """A run that ends before its first step has trained nothing, and must not look as if it had."""
+    if run.extent.steps:
+        return
+    rows = "\n  ".join(run.saver.rejections.take(run.group.peers)) or "there is none"
+    raise UserError(
+        f"data.train: no row gives anything to learn:\n  {rows}\n`ftlaunch check` shows what is learned from a row."
+    )
 
 
 def _is_over(run: Run) -> bool:

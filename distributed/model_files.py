@@ -79,13 +79,16 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
     A run directory means its latest committed checkpoint. A hub id is downloaded into the hub's own cache; with
     `weights=False` only the small files are. Raises UserError for what does not exist.
     """
-    if "://" in path:
+    if "://" in path or Path(path).is_dir():
         return ModelFolder(_inside_a_run(path))
-    if Path(path).is_dir():
-        return ModelFolder(_inside_a_run(path))
-    if path.startswith((".", "/", "~")) or not HUB_ID.match(path):
+    if not is_hub_id(path):
         raise UserError(f"model.path: there is no folder {path!r} (and it is not the name of a model on a hub).")
     return ModelFolder(_from_hub(path, revision, weights=weights))
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path can only be the name of a model on a hub: no URL, and no folder that is there."""
+    return HUB_ID.match(path) is not None and "://" not in path and not Path(path).is_dir()
 
 
 def _inside_a_run(url: str) -> str:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ..recipes.methods.base import Method, Rejected, Row, Sample
-from ..recipes.naming import eval_names, source_names
-from ..recipes.schema import EvalSplit, Recipe, RowFormat, Source
-from . import storage
+from ..recipes.schema import EvalSplit, Recipe, RowFormat
 from .attempt import Attempt
 from .data.evaluation import EvalBatches
-from .data.index import Index, build_index, verify
+from .data.index import Index
 from .data.stream import MicroBatch, Stream, open_stream
 from .data.template import load_tokenizer
 from .evaluate import Reader
 from .group import Group
+from .indexing import INDEX, eval_index, index_data, train_index
 from .model_files import ModelFolder
 from .published import template_text
 
@@ -89,38 +87,19 @@ class RunData:
 
 def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Attempt, group: Group) -> RunData:
     """Find, index and verify the data on rank 0, and open it on every rank. Raises UserError."""
-    evals = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
-    train_prefix, eval_prefix = _prefix("train", recipe.data.train), _prefix("eval", evals)
-    index_folder = attempt.run.path("index")
-
-    def index() -> None:
-        _index(recipe.data.train, source_names(recipe.data.train), index_folder, train_prefix)
-        if evals:
-            _index(evals, eval_names(recipe.data), index_folder, eval_prefix)
-
-    group.from_main(index, "indexing the data")
+    group.from_main(partial(index_data, recipe.data, attempt.run), "indexing the data")
+    train, evals = train_index(recipe.data), eval_index(recipe.data)
+    folder_of_indexes = attempt.run.path(INDEX)
     template = None if recipe.model.chat_template is None else template_text(recipe.model.chat_template)
     return RunData(
         recipe=recipe,
         method=method,
-        encoder=load_tokenizer(recipe.model.tokenizer or folder.url, recipe.model.revision, template),
+        encoder=load_tokenizer(
+            recipe.model.tokenizer or folder.url, recipe.model.revision, template, now=attempt.started_at
+        ),
         attempt=attempt,
         group=group,
-        train=Index.load(index_folder, train_prefix),
-        eval=Index.load(index_folder, eval_prefix) if evals else None,
-        digest=train_prefix,
+        train=Index.load(folder_of_indexes, train.prefix),
+        eval=Index.load(folder_of_indexes, evals.prefix) if evals.sources else None,
+        digest=train.prefix,
     )
-
-
-def _index(sources: Sequence[Source], names: Sequence[str], folder: str, prefix: str) -> None:
-    """Build the index at a run's first start; later make sure that the files are still what it says."""
-    if storage.exists(storage.join(folder, f"{prefix}.blocks.parquet")):
-        verify(Index.load(folder, prefix))
-    else:
-        build_index(sources, names).save(folder, prefix)
-
-
-def _prefix(kind: str, sources: Sequence[Source]) -> str:
-    """A name that changes with the sources, so that changed data never meets an old index."""
-    key = repr([(source.path, source.format, sorted(source.columns.items())) for source in sources])
-    return f"{kind}-{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}"

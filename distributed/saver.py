@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from .data.stream import Stream
 from .evaluate import Evaluator
 from .group import Group
 from .metrics import Recorder, Stopwatch
+from .rejections import Rejections
 from .run_directory import RunDirectory
 from .schedule import Extent
 from .strategies.base import Engine
@@ -40,6 +41,7 @@ class Saver:
     has_adapter: bool
     data_digest: str
     last_step: int | None = None
+    rejections: Rejections = field(default_factory=Rejections)
 
     def save(self, extent: Extent) -> None:
         """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is."""
@@ -51,7 +53,10 @@ class Saver:
         state = self._state(extent)
         commit = self.writer.save(extent.steps, self._content(state))
         self.last_step = extent.steps
+        refused = self.rejections.take(self.group.peers)
         if self.recorder:
+            if refused:
+                self.recorder.events.record("rejected_rows", rows=refused)
             self.recorder.data(extent.steps, counters.total(stream["counters"] for stream in state["stream"].values()))
             self.recorder.checkpoint(extent.steps, self.run.path(commit.directory), watch.lap())
             self._make_room(self.recorder)

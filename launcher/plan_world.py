@@ -45,10 +45,8 @@ class BatchPlan:
 
 def plan_world(cluster: ClusterConfig, machine: Machine) -> WorldPlan | Unknown:
     """The world a cluster section describes, as seen from `machine`; `world_problems` tells whether it is there."""
-    if cluster.gpus_per_node == 0:
-        return _on_cpu(cluster)
     if cluster.gpus_per_node is not None:
-        return WorldPlan(cluster.nodes, cluster.gpus_per_node, "cuda")
+        return world_of(cluster, cluster.gpus_per_node)
     if isinstance(cluster, LocalCluster):
         # At least one: more nodes than GPUs must not turn into a run on the CPU.
         return (
@@ -57,6 +55,11 @@ def plan_world(cluster: ClusterConfig, machine: Machine) -> WorldPlan | Unknown:
             else _on_cpu(cluster)
         )
     return Unknown(f"what each node of the Ray cluster at {cluster.address} offers; give cluster.gpus_per_node")
+
+
+def world_of(cluster: ClusterConfig, gpus_per_node: int) -> WorldPlan:
+    """One rank per GPU; without GPUs a node is one rank unless the recipe says more."""
+    return WorldPlan(cluster.nodes, gpus_per_node, "cuda") if gpus_per_node else _on_cpu(cluster)
 
 
 def _on_cpu(cluster: ClusterConfig) -> WorldPlan:

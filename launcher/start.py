@@ -11,9 +11,14 @@ from rich.text import Text
 from ..distributed import storage
 from ..distributed.again import Decision, Flags, decide, gather
 from ..distributed.checkpoint.commit import latest
+from ..distributed.checkpoint.layout import open_folder
+from ..distributed.indexing import index_data
+from ..distributed.model_files import find_model, is_hub_id
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe, as_stored
+from ..recipes.redact import dump_recipe
+from ..recipes.schema import LocalCluster
 from .hardware import Machine, this_machine
 from .history import read_record, write_report
 from .plan_world import WorldPlan, plan_world, world_problems, world_warnings
@@ -38,20 +43,31 @@ def start(loaded: LoadedRecipe, flags: Flags) -> int:
         sum_up(run, console)
         return 0
     run.check()
-    return _train(loaded, run, world, machine, console)
+    if isinstance(loaded.recipe.cluster, LocalCluster):
+        _preflight(loaded, run)
+    return _train(loaded, run, machine, console)
 
 
-def _train(
-    loaded: LoadedRecipe, run: RunDirectory, world: WorldPlan | Unknown, machine: Machine, console: Console
-) -> int:
-    from .supervisor import demand, supervise
+def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> None:
+    """Find what is wrong with files that are seen from here, before Ray is started. The index it makes is the run's."""
+    recipe = loaded.recipe
+    if not is_hub_id(recipe.model.path):
+        folder = find_model(recipe.model.path)
+        if recipe.model.init == "pretrained":
+            open_folder(folder.url)
+    run.store_recipe(dump_recipe(recipe, loaded.secrets))
+    index_data(recipe.data, run)
 
-    if isinstance(world, Unknown):
-        raise UserError(f"the number of ranks is unknown: {world.reason}")
+
+def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: Console) -> int:
+    from .supervisor import find_demand, supervise
+
+    demand = find_demand(loaded.recipe.cluster, machine)
     with make_view(console) as view:
-        ending = supervise(loaded, demand(world, machine), view)
+        ending = supervise(loaded, demand, view)
     if ending.message:
-        _say(console, ending.message, "" if ending.exit_code == 0 else "bold red")
+        failed = ending.outcome == "failed"
+        _say(console, f"error: {ending.message}" if failed else ending.message, "bold red" if failed else "")
     if ending.exit_code == 0:
         sum_up(run, console)
     else:

@@ -15,13 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..cluster.base import Cluster, Demand, Endpoint
+from ..cluster.base import Cluster, Demand
 from ..cluster.table import build_cluster
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
+from ..recipes.schema import ClusterConfig, RayCluster
 from .control import Control, Ending
 from .hardware import Machine
-from .plan_world import WorldPlan
+from .package import write_package
+from .plan_world import WorldPlan, plan_world, world_of
+from .unknown import Unknown
 from .view import View
 
 POLL_S = 0.2
@@ -29,13 +32,28 @@ MAX_RESTARTS = 3
 """Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
 
 
-def demand(world: WorldPlan, machine: Machine) -> Demand:
-    """What a world asks of a cluster. Ray hands a rank as many threads as it has cores."""
+def find_demand(config: ClusterConfig, machine: Machine) -> Demand:
+    """What a run asks of its cluster; a running Ray cluster is asked what its nodes have. Raises
+    UserError and InfrastructureError."""
+    if not isinstance(config, RayCluster):
+        world = plan_world(config, machine)
+        assert not isinstance(world, Unknown), "only a running cluster has to be asked"
+        return _demand(world, machine.cores // world.ranks)
+    from ..cluster.existing import ask
+
+    offer = ask(config)
+    gpus = offer.gpus_per_node if config.gpus_per_node is None else config.gpus_per_node
+    world = world_of(config, gpus)
+    return _demand(world, offer.cpus_per_node // world.ranks_per_node)
+
+
+def _demand(world: WorldPlan, cpus_per_rank: int) -> Demand:
+    """Ray hands a rank as many threads as it is given cores."""
     return Demand(
         nodes=world.nodes,
         ranks=world.ranks,
         uses_gpus=world.device == "cuda",
-        cpus_per_rank=max(1, machine.cores // world.ranks),
+        cpus_per_rank=max(1, cpus_per_rank),
     )
 
 
@@ -45,23 +63,24 @@ def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:
     if problems := cluster.problems():
         raise UserError("\n".join(problems))
     view.update({"kind": "phase", "phase": "starting Ray"})
-    with _up(cluster) as endpoint:
-        return _Training(loaded, wanted, endpoint, view).run()
+    with _up(cluster):
+        return _Training(loaded, wanted, view).run()
 
 
 @contextlib.contextmanager
-def _up(cluster: Cluster) -> Iterator[Endpoint]:
-    try:
-        yield cluster.up()
-    finally:
-        cluster.down()
+def _up(cluster: Cluster) -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="ftlaunch-code-") as folder:
+        try:
+            cluster.up(lambda: write_package(Path(folder)))
+            yield
+        finally:
+            cluster.down()
 
 
 @dataclass
 class _Training:
     loaded: LoadedRecipe
     demand: Demand
-    endpoint: Endpoint
     view: View
     error: BaseException | None = None
     _interrupts: int = 0

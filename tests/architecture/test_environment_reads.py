@@ -8,6 +8,7 @@ ALLOWED = {
     "launcher/cli.py": "the laptop's end: hands the environment to what it calls",
     "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
+    "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",
     "recipes/load.py": "resolves ${VAR} in a recipe",
 }
 NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -23,6 +23,7 @@ LIGHT = (
     "launcher/submit.py",
     "launcher/runs.py",
     "distributed/again.py",
+    "distributed/indexing.py",
     "distributed/attempt.py",
     "distributed/model_files.py",
     "distributed/schedule.py",

@@ -1,0 +1,72 @@
+"""A Ray cluster that is already running: joined with its token, given our code, and left as it was found."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import subprocess
+from pathlib import Path
+
+import pytest
+from processes import BIN, Command, run
+from processes import ftlaunch as command
+from tiny import recipe_for, write_recipe
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head on loopback, as an administrator starts one: (address, the variables its users have)."""
+    folder = tmp_path_factory.mktemp("ray")
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    head = Command(
+        [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--port=0",
+         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}/t"],
+        folder,
+        variables,
+    )  # fmt: skip
+    pattern = re.compile(r"--address='([^']+)'")
+    head.wait_until(lambda: pattern.search(head.text) is not None)
+    yield pattern.search(head.text)[1], variables
+    head.kill()
+
+
+def test_a_run_joins_trains_and_leaves(cluster, tmp_path):
+    address, variables = cluster
+    recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address, "processes_per_node": 2})
+    code, output = run(command(str(write_recipe(tmp_path / "tiny.yaml", recipe))), tmp_path, variables)
+    assert code == 0, output
+    result = json.loads((tmp_path / "runs/tiny/result.json").read_text())
+    assert result["steps"] == recipe["train"]["max_steps"]
+    attempt = json.loads((tmp_path / "runs/tiny/attempts/a1.json").read_text())
+    assert attempt["world_size"] == 2
+    status = subprocess.run(
+        [str(BIN / "ray"), "status", "--address", address], env=environment_of(variables), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert status.returncode == 0, status.stderr
+
+
+def environment_of(variables: dict[str, str]) -> dict[str, str]:
+    from processes import environment
+
+    return environment(variables)
+
+
+def test_more_nodes_than_the_cluster_has(cluster, tmp_path):
+    address, variables = cluster
+    recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address, "nodes": 3})
+    code, output = run(command(str(write_recipe(tmp_path / "tiny.yaml", recipe))), tmp_path, variables)
+    assert code == 1, output
+    assert "has 1" in output and "--nodes 1" in output
+
+
+def test_without_the_token_nobody_gets_in(cluster, tmp_path):
+    address, _ = cluster
+    recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address})
+    home = tmp_path / "home"
+    home.mkdir()
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "HOME": str(home)}
+    code, output = run(command(str(write_recipe(tmp_path / "tiny.yaml", recipe))), tmp_path, wrong)
+    assert code == 2, output
+    assert not (Path(tmp_path) / "runs/tiny/result.json").exists()

@@ -1,0 +1,59 @@
+"""What users get for their mistakes: a message that says what, where and what to do, and exit code 1."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from mistakes import MISTAKES, prepare
+
+from ftlaunch.distributed import entry
+from ftlaunch.launcher import cli
+
+
+def answer(mistake, folder, capsys, monkeypatch) -> tuple[int, str]:
+    """Exit code and what was printed. Mistakes that a rank finds are made on one rank in this process."""
+    arguments = prepare(mistake, folder)
+    monkeypatch.chdir(folder)
+    if mistake.title == MISTAKES["recipe"].title:
+        arguments[0] = "recpie.yaml"
+    code = cli.main(arguments) if mistake.before_ranks else entry.main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_answer_says_what_where_and_what_to_do(name, tmp_path, capsys, monkeypatch):
+    mistake = MISTAKES[name]
+    code, text = answer(mistake, tmp_path, capsys, monkeypatch)
+    assert code == mistake.exit_code, text
+    assert "Traceback" not in text
+    unwrapped = " ".join(text.split())
+    for part in mistake.says:
+        assert part in unwrapped, text
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    mistake = MISTAKES["nan"]
+    arguments = prepare(mistake, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert entry.main([*arguments, "train.learning_rate=1e-4", "train.max_steps=2"]) == 0
+    more = ["train.max_steps=9", "train.learning_rate=1e30"]
+    assert entry.main([*arguments, *more]) == 1  # refused: the rate is another one
+    assert "train.learning_rate" in capsys.readouterr().err
+    commits = sorted((tmp_path / "runs/tiny/commits").iterdir())
+    assert [json.loads(path.read_text())["step"] for path in commits] == [2]
+
+
+def test_rows_that_teach_nothing_are_counted_and_the_rest_is_trained_on(tmp_path, monkeypatch):
+    mistake = MISTAKES["answer"]
+    arguments = prepare(mistake, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = (tmp_path / "chat.jsonl").read_text()
+    good = {"messages": [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "beta"}]}
+    (tmp_path / "chat.jsonl").write_text(rows + (json.dumps(good) + "\n") * 6)
+    assert entry.main([*arguments, "train.max_steps=null", "train.num_epochs=1"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    counts = [line["sources"]["chat"] for line in lines if line["kind"] == "data"][-1]
+    assert counts["rows"] == 10
+    assert sum(counts["rejected"].values()) == 4
