@@ -1,6 +1,6 @@
 """Write docs/mistakes.md: each mistake of tests/support/mistakes.py, made for real at a terminal.
 
-    python docs/make_mistakes.py
+python docs/make_mistakes.py
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mistakes import MISTAKES, Mistake, prepare  # noqa: E402 - from the tests' 
 
 HEAD = """# What mistakes look like
 
-Each of these was made at a terminal, in a folder with a small model and some rows. The answer says what is wrong, where,
-and what to do; the exit code is 1, and nothing that was there is lost. Made by `python docs/make_mistakes.py` from the
-cases that the tests try.
+Each of these was made at a terminal, in a folder with a small model and some rows. The answer says what is wrong,
+where, and what to do; the exit code is 1, and nothing that was there is lost. Made by `python docs/make_mistakes.py`
+from the cases that the tests try.
 """
 
 

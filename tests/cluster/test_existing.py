@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import BIN, Command, run
+from processes import BIN, Command, environment, run
 from processes import ftlaunch as command
 from tiny import recipe_for, write_recipe
 
@@ -41,16 +41,13 @@ def test_a_run_joins_trains_and_leaves(cluster, tmp_path):
     attempt = json.loads((tmp_path / "runs/tiny/attempts/a1.json").read_text())
     assert attempt["world_size"] == 2
     status = subprocess.run(
-        [str(BIN / "ray"), "status", "--address", address], env=environment_of(variables), capture_output=True, text=True,
+        [str(BIN / "ray"), "status", "--address", address],
+        env=environment(variables),
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert status.returncode == 0, status.stderr
-
-
-def environment_of(variables: dict[str, str]) -> dict[str, str]:
-    from processes import environment
-
-    return environment(variables)
 
 
 def test_more_nodes_than_the_cluster_has(cluster, tmp_path):
