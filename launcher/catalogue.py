@@ -35,7 +35,7 @@ def show_recipes(name: str | None, file: Path | None) -> int:
         print(text, end="")
         return 0
     _copy(text, file)
-    print(f"wrote {file}; next: ftlaunch plan {file}")
+    print(f"wrote {file}; next: set data.train in it to your own rows, then `ftlaunch check {file}` shows them")
     return 0
 
 

@@ -27,6 +27,12 @@ NAMED_ROWS = 3
 """Rows that are named of each kind of trouble; all are counted."""
 
 SHOWN_TOKENS = 400
+REMEDIES = {
+    "overlong": "longer than data.sequence_length; raise it, or see data.overlong",
+    "no_targets_after_truncation": "every supervised token was cut off; raise data.sequence_length",
+}
+"""What to do about rows that are lost to the layout, not to the rows themselves."""
+
 SUPERVISED, CONTEXT = "bold green", "dim"
 
 
@@ -106,7 +112,8 @@ def tally_lines(tally: Tally) -> Iterator[Text]:
         if number:
             yield Text(f"  {number} rows {what}", style="yellow")
     for reason, number in tally.rejected.most_common():
-        yield Text(f"  {number} rows rejected: {reason}", style="yellow")
+        remedy = f"; {REMEDIES[reason]}" if reason in REMEDIES else ""
+        yield Text(f"  {number} rows rejected ({number / tally.rows:.0%}): {reason}{remedy}", style="yellow")
         yield from (Text(f"    {row}") for row in tally.named[reason])
     if tally.broken:
         yield Text(f"  {len(tally.broken)} rows broken", style="bold red")

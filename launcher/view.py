@@ -26,6 +26,8 @@ Event = Mapping[str, Any]
 Clock = Callable[[], float]
 LINE_EVERY_STEPS = 10
 LINE_EVERY_S = 30.0
+PATIENCE_S = 3.0
+"""Phases that are over sooner do not show how long they take."""
 LEVEL_STYLES = {"warning": "yellow", "error": "bold red", "info": ""}
 
 
@@ -34,6 +36,7 @@ class State:
     """The latest of everything. Times are seconds of the view's clock."""
 
     phase: str = "starting"
+    phase_since_s: float | None = None
     step: Event | None = None
     losses: Mapping[str, float] | None = None
     losses_step: int = 0
@@ -49,8 +52,8 @@ def advance(state: State, event: Event, now_s: float) -> State:
     return fold(state, event, now_s) if fold else state
 
 
-def _fold_phase(state: State, event: Event, _now_s: float) -> State:
-    return replace(state, phase=event["phase"])
+def _fold_phase(state: State, event: Event, now_s: float) -> State:
+    return replace(state, phase=event["phase"], phase_since_s=now_s)
 
 
 def _fold_step(state: State, event: Event, now_s: float) -> State:
@@ -178,15 +181,19 @@ class LiveView:
         self._console = console
         self._clock = clock
         self._state = State()
-        self._live = Live(panel(self._state), console=console, refresh_per_second=4, transient=True)
+        # Drawn anew at each refresh: a phase without news still shows that time goes on.
+        self._live = Live(get_renderable=self._panel, console=console, refresh_per_second=4, transient=True)
+
+    def _panel(self) -> Panel:
+        return panel(self._state, self._clock())
 
     def update(self, event: Event) -> None:
         """Redraw with the event."""
         self._state = advance(self._state, event, self._clock())
         if event["kind"] not in ("step", "phase"):
             line = Text(event_line(event), style=LEVEL_STYLES[event.get("level", "info")])
-            self._console.print(line, highlight=False)
-        self._live.update(panel(self._state))
+            # Not wrapped, so that paths can be copied.
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -200,21 +207,27 @@ class LiveView:
             self._console.print(Text(step_line(self._state.step, None)), highlight=False)
 
 
-def panel(state: State) -> Panel:
+def panel(state: State, now_s: float) -> Panel:
     """The live panel for a state."""
     step = state.step
     if step is None:
-        return Panel(Text(f"{state.phase} …"), title="ftlaunch", title_align="left")
+        return Panel(Text(f"{state.phase} …{_waited(state, now_s)}"), title="ftlaunch", title_align="left")
     title = Text(f"{state.phase}: step {step['step']}")
     bar = Table.grid(expand=True, padding=(0, 1))
     bar.add_column(ratio=1)
     bar.add_column(justify="right")
     left = "" if state.eta_s is None else f"  {units.duration(state.eta_s)} left"
     bar.add_row(ProgressBar(total=1.0, completed=step["progress"]), f"{step['progress']:.1%}{left}")
-    return Panel(Group(bar, _figures(state, step)), title=title, title_align="left")
+    return Panel(Group(bar, _figures(step), _past(state)), title=title, title_align="left")
 
 
-def _figures(state: State, step: Event) -> Table:
+def _waited(state: State, now_s: float) -> str:
+    """How long a phase has taken, once a person would wonder."""
+    waited_s = 0.0 if state.phase_since_s is None else now_s - state.phase_since_s
+    return f"  {units.duration(waited_s)}" if waited_s >= PATIENCE_S else ""
+
+
+def _figures(step: Event) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = [
         ("loss", f"{step['loss']:.4f}", "learning rate", f"{step['learning_rate']:.3e}"),
@@ -224,6 +237,12 @@ def _figures(state: State, step: Event) -> Table:
         rows += [("grad norm", f"{step['grad_norm']:.3f}", "waited for data", f"{step.get('data_wait_s', 0.0):.2f} s")]
     for label, value, other_label, other in rows:
         table.add_row(Text(label, style="dim"), Text(value), Text(other_label, style="dim"), Text(other))
+    return table
+
+
+def _past(state: State) -> Table:
+    """The last evaluation and save; a grid of its own, because losses may take a whole line."""
+    table = Table.grid(padding=(0, 2))
     if state.losses:
         table.add_row(Text("evaluated", style="dim"), Text(f"{losses_line(state.losses)} (step {state.losses_step})"))
     if state.checkpoint:

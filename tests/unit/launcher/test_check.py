@@ -40,8 +40,8 @@ def test_rejected_rows_are_counted_and_named_but_are_no_error(capsys, place):
     write_rows(place / "rows.jsonl", [GOOD, EMPTY, LONG, EMPTY, EMPTY, EMPTY])
     code, said = check(capsys)
     assert code == 0
-    assert "4 rows rejected: empty answer" in said
-    assert "1 rows rejected: overlong" in said
+    assert "4 rows rejected (67%): empty answer" in said
+    assert "1 rows rejected (17%): overlong; longer than data.sequence_length" in said
     assert [f"row {number}\n" in said for number in (1, 2, 3, 4, 5)] == [True, True, True, True, False]
 
 

@@ -95,7 +95,7 @@ def test_the_panel_shows_the_figures():
     state = advance(state, {"kind": "evaluation", "step": 1, "losses": {"a/loss": 1.5}}, 1.0)
     state = advance(state, {"kind": "checkpoint", "step": 1, "path": "p"}, 1.0)
     screen = console(True)
-    screen.print(panel(state))
+    screen.print(panel(state, 1.0))
     text = output(screen)
     wanted = ["step 1", "25.0%", "1 h 02 min left", "2.5000", "1.000e-04", "12.3k", "3 GiB", "0.500", "a/loss 1.5000"]
     assert [part for part in wanted if part not in text] == []
@@ -103,8 +103,14 @@ def test_the_panel_shows_the_figures():
 
 def test_before_the_first_step_the_panel_says_what_goes_on():
     screen = console(True)
-    screen.print(panel(advance(State(), {"kind": "phase", "phase": "building the index"}, 0.0)))
-    assert "building the index …" in output(screen)
+    screen.print(panel(advance(State(), {"kind": "phase", "phase": "building the index"}, 0.0), 1.0))
+    assert "building the index … " in output(screen)
+
+
+def test_a_long_phase_shows_that_time_goes_on():
+    screen = console(True)
+    screen.print(panel(advance(State(), {"kind": "phase", "phase": "starting Ray"}, 10.0), 75.0))
+    assert "starting Ray …  1 min 05 s" in output(screen)
 
 
 def test_the_live_view_leaves_its_last_figures_behind():
