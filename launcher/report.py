@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -40,7 +40,7 @@ def render_report(record: Record, *, name: str, state: str, recipe_text: str) ->
             charts=charts,
             comparison=_comparison(record),
             sources=_sources(record),
-            reasons=_reasons(record),
+            rejections=_rejections(record),
             environment=list(flatten(_environment(record.environment))),
             packages=list(flatten(record.environment.get("packages", {}))),
             events=[_event(event) for event in record.events],
@@ -113,22 +113,28 @@ def change(before: float, after: float) -> str:
     return f"{(after - before) / before:+.1%}" if before > 0 else ""
 
 
-def _reasons(record: Record) -> list[str]:
-    """Every reason for which any source lost rows."""
-    return sorted({reason for counts in record.data.values() for reason in counts.rejected})
-
-
 def _sources(record: Record) -> list[tuple[str, list[str]]]:
     """(source, cells), the cells in the order of the template's headings."""
     total = sum(counts.tokens for counts in record.data.values()) or 1
-    reasons = _reasons(record)
-    return [(name, _cells(counts, counts.tokens / total, reasons)) for name, counts in record.data.items()]
+    return [(name, _cells(counts, counts.tokens / total)) for name, counts in record.data.items()]
 
 
-def _cells(counts: Counts, share: float, reasons: Sequence[str]) -> list[str]:
-    numbers = [counts.rows, counts.tokens, counts.supervised]
-    others = [counts.truncated, counts.split, *(counts.rejected.get(reason, 0) for reason in reasons)]
-    return [*map(units.count, numbers), f"{share:.1%}", *map(units.count, others)]
+def _cells(counts: Counts, share: float) -> list[str]:
+    others = [counts.truncated, counts.split, sum(counts.rejected.values())]
+    return [
+        *map(units.count, [counts.rows, counts.tokens, counts.supervised]),
+        f"{share:.1%}",
+        *map(units.count, others),
+    ]
+
+
+def _rejections(record: Record) -> list[tuple[str, str, str, str]]:
+    """(source, reason, rows, share of the source's rows) of every reason for which a source lost rows."""
+    return [
+        (name, reason, units.count(number), f"{number / max(counts.rows, 1):.1%}")
+        for name, counts in record.data.items()
+        for reason, number in sorted(counts.rejected.items())
+    ]
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

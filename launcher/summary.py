@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -22,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 @dataclass(frozen=True)
 class Summary:
     """`checkpoint` is the URL of the newest one (empty: none), `losses` name -> (before, after), `run` what the user
-    calls the run."""
+    calls the run, `rejected` rows of the `rows` read by the reason why nothing was learned from them."""
 
     run: str
     checkpoint: str
@@ -31,6 +32,8 @@ class Summary:
     tokens: int
     step_time_s: float
     report: str
+    rows: int
+    rejected: dict[str, int]
 
 
 def summarise(record: Record, *, run: str, checkpoint: str, report: str) -> Summary:
@@ -43,6 +46,8 @@ def summarise(record: Record, *, run: str, checkpoint: str, report: str) -> Summ
         tokens=record.tokens,
         step_time_s=record.step_time_s,
         report=report,
+        rows=sum(counts.rows for counts in record.data.values()),
+        rejected=dict(sum((Counter(counts.rejected) for counts in record.data.values()), Counter())),
     )
 
 
@@ -68,7 +73,16 @@ def _figures(summary: Summary) -> Text:
         ("checkpoint", summary.checkpoint or "none was saved"),
         ("report    ", summary.report),
     ]
-    return Text("\n").join(Text(f"{label}  ", style="dim") + Text(value) for label, value in lines)
+    said = [Text(f"{label}  ", style="dim") + Text(value) for label, value in lines]
+    return Text("\n").join([*said, *([_left_out(summary)] if summary.rejected else [])])
+
+
+def _left_out(summary: Summary) -> Text:
+    total = sum(summary.rejected.values())
+    most = sorted(summary.rejected.items(), key=lambda item: -item[1])
+    reasons = ", ".join(f"{units.count(number)} {reason}" for reason, number in most)
+    share = f"{total / summary.rows:.1%} of {units.count(summary.rows)} rows read"
+    return Text("left out    ", style="dim").append(f"{share}: {reasons}", style="yellow")
 
 
 def _time(summary: Summary) -> str:

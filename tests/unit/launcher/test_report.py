@@ -81,7 +81,7 @@ def test_the_page_holds_everything_and_nothing_from_outside():
     html = page(record(evaluation(0, 4.0), step(1), step(2), evaluation(2, 2.0), data, events=events))
     wanted = [
         "-50.0%",
-        "rejected: empty_answer",
+        '<td>empty_answer</td><td class="n">7</td><td class="n">7.8%</td>',
         "tickets",
         "Learning rate",
         "world.size",

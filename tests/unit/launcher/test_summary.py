@@ -60,6 +60,16 @@ def test_a_long_path_can_be_copied_in_one_piece():
     assert f'from_pretrained("{place}")' in shown(place, STEP)
 
 
+def test_rows_that_were_left_out_are_said():
+    sources = {
+        "a": {"rows": 60, "rejected": {"overlong": 10}},
+        "b": {"rows": 40, "rejected": {"empty": 3, "overlong": 2}},
+    }
+    text = shown("", STEP, {"kind": "data", "step": 9, "attempt": 1, "sources": sources})
+    assert "left out    15.0% of 100 rows read: 12 overlong, 3 empty" in text
+    assert "left out" not in shown("", STEP)
+
+
 def test_nothing_saved_offers_nothing():
     text = shown("")
     assert "none was saved" in text
