@@ -11,6 +11,8 @@ QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Ray's advice on its own internals is not for our users.
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # A process that polls for preemption notices of cloud nodes; nothing of ours acts on them yet.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..recipes.methods.base import IGNORED
 
-LOGITS_BYTES = 256 * 2**20
+LOGITS_BYTES = 64 * 2**20
 """Bound on the fp32 logits held at once. Below it a chunk is big enough to keep the matrix unit busy; a batch that
 fits in one chunk is not recomputed, so small vocabularies pay nothing."""
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from .quickstart_data import Row, parses
 
 NUM_SHOWN = 4
+LINES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ def answers(outcome: Outcome) -> Table:
 
 
 def answer(written: Sequence[str], index: int) -> Text:
-    """One answer; red if it is no Python."""
-    return Text(written[index] or "(nothing)", style="" if parses(written[index]) else "red")
+    """One answer, as far as it fits; red if it is no Python."""
+    lines = [line for line in written[index].splitlines() if line.strip()]
+    shown = "\n".join(lines[:LINES_SHOWN]) + (" …" if len(lines) > LINES_SHOWN else "")
+    return Text(shown or "(nothing)", style="" if parses(written[index]) else "red")
 
 
 def next_commands(folder: str) -> Text:

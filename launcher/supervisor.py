@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +64,8 @@ def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:
     if problems := cluster.problems():
         raise UserError("\n".join(problems))
     view.update({"kind": "phase", "phase": "starting Ray"})
+    # While Ray's processes come up, this one has nothing to do but wait.
+    threading.Thread(target=import_module, args=("ray.train",), daemon=True).start()
     with _up(cluster):
         return _Training(loaded, wanted, view).run()
 
@@ -130,8 +133,8 @@ class _Training:
 
     def _trainer(self, storage: Path) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+        from .ray_train_compat import LeanTrainer
         from .worker import RendezvousConfig, WorkerConfig, train_worker
 
         worker = WorkerConfig(
@@ -141,7 +144,7 @@ class _Training:
             folder=str(Path.cwd()),
             uses_gpus=self.demand.uses_gpus,
         )
-        return DataParallelTrainer(
+        return LeanTrainer(
             train_worker,
             train_loop_config={"worker": worker},
             backend_config=RendezvousConfig(),
