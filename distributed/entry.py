@@ -223,7 +223,13 @@ def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, reco
     if note and recorder:
         recorder.message(note, level="warning")
     if recipe.data.packing:
-        check_packing(engine.module, group, text_config.vocab_size, text_config.model_type)
+        check_packing(
+            engine.module,
+            group,
+            text_config.vocab_size,
+            text_config.model_type,
+            micro_batch_size=recipe.train.micro_batch_size,
+        )
 
 
 def _announce(recorder: Recorder | None, kind: str, **fields: Any) -> None:

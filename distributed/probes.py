@@ -43,28 +43,39 @@ def choose_head(module: nn.Module, loss_model: LossModel, group: Group, vocabula
     )
 
 
-def check_packing(module: nn.Module, group: Group, vocabulary: int, model_type: str) -> None:
+def check_packing(
+    module: nn.Module, group: Group, vocabulary: int, model_type: str, *, micro_batch_size: int = 1
+) -> None:
     """Refuse packing for models whose samples see each other.
 
     What sample B becomes must not change when the sample packed before it does. No influence forward means no
     gradient backward, and a forward pass is all that this takes under every strategy. Raises UserError.
     """
+    worst = _leak(module, group, vocabulary, sequences=min(2, micro_batch_size))
+    if worst <= LEAK_TOLERANCE:
+        return
+    # transformers' flash_attention_2 reads packing from position ids in batches of one sequence only (5.23).
+    alone = micro_batch_size > 1 and _leak(module, group, vocabulary, sequences=1) <= LEAK_TOLERANCE
+    raise UserError(
+        f"data.packing: in models of type {model_type!r} packed samples see each other (relative difference "
+        f"{worst:.1e}), so that they would be trained on something else than you wrote. Set data.packing: false"
+        + (", or train.micro_batch_size: 1, or model.attention: sdpa." if alone else ".")
+    )
+
+
+def _leak(module: nn.Module, group: Group, vocabulary: int, *, sequences: int) -> float:
+    """What the first of two packed samples changes in the second, in batches of this many sequences; collective."""
     generator = _generator()
     first, other, second = (torch.randint(vocabulary, (LENGTH,), generator=generator) for _ in range(3))
     module.eval()
     with torch.no_grad():
-        one, two = (_second_half(module, torch.cat([before, second]), group) for before in (first, other))
-    worst = max(group.peers.gather(_relative_difference(one, two)))
-    if worst > LEAK_TOLERANCE:
-        raise UserError(
-            f"data.packing: in models of type {model_type!r} packed samples see each other (relative difference "
-            f"{worst:.1e}), so that they would be trained on something else than you wrote. Set data.packing: false."
-        )
+        one, two = (_second_half(module, torch.cat([before, second]), group, sequences) for before in (first, other))
+    return max(group.peers.gather(_relative_difference(one, two)))
 
 
-def _second_half(module: nn.Module, input_ids: Tensor, group: Group) -> Tensor:
-    positions = torch.arange(LENGTH).repeat(2)
-    batch = _batch(input_ids[None], positions[None], torch.full_like(input_ids, IGNORED)[None], group)
+def _second_half(module: nn.Module, input_ids: Tensor, group: Group, sequences: int) -> Tensor:
+    rows = input_ids.repeat(sequences, 1)
+    batch = _batch(rows, torch.arange(LENGTH).repeat(sequences, 2), torch.full_like(rows, IGNORED), group)
     hidden: Tensor = module(batch, "hidden_states")
     return hidden[:, LENGTH:]
 

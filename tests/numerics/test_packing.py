@@ -6,7 +6,9 @@ import pytest
 import torch
 from families import tiny_config
 from one_rank import relative
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ftlaunch.distributed.loss_model import LossModel
 from ftlaunch.distributed.probes import check_packing
@@ -43,6 +45,23 @@ def test_models_that_can_pack(group, model_type):
 def test_models_that_cannot(group, model_type):
     with pytest.raises(UserError, match=f"{model_type}.*packing: false"):
         check_packing(random_model(model_type), group, 307, model_type)
+
+
+def test_attention_that_forgets_packing_in_larger_batches_is_found(group):
+    """As transformers' flash attention does: packing is read from position ids in batches of one sequence only."""
+
+    def forgetful(module, query, key, value, attention_mask, **more):
+        mask = attention_mask if query.shape[0] == 1 else None
+        more["is_causal"] = mask is None
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **more)
+
+    AttentionInterface.register("forgetful", forgetful)
+    AttentionMaskInterface.register("forgetful", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = random_model("llama")
+    model.causal_lm.set_attn_implementation("forgetful")
+    check_packing(model, group, 307, "llama", micro_batch_size=1)
+    with pytest.raises(UserError, match=r"micro_batch_size: 1"):
+        check_packing(model, group, 307, "llama", micro_batch_size=4)
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
