@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,9 @@ def load_writer(folder: Path) -> Writer:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = _load_adapted(folder) if (folder / ADAPTER_CONFIG).is_file() else _load_model(str(folder))
+        with warnings.catch_warnings():  # what libraries deprecate among themselves is nothing a user could mend
+            warnings.simplefilter("ignore", FutureWarning)
+            model = _load_adapted(folder) if (folder / ADAPTER_CONFIG).is_file() else _load_model(str(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be opened as a model: {error}") from error

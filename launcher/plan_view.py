@@ -14,7 +14,7 @@ from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
 from . import units
 from .hardware import this_machine
-from .plan import Plan, SourceLine, make_plan, to_json, unknowns
+from .plan import Plan, make_plan, to_json, unknowns
 from .plan_data import SourcePlan
 from .unknown import Unknown
 
@@ -41,7 +41,7 @@ def render_plan(plan: Plan) -> RenderableType:
     """The plan for a terminal."""
     parts: list[RenderableType] = [_heading("recipe", "dim values are defaults"), Text("\n").join(_recipe(plan))]
     parts += [_heading("run"), _facts(_run_facts(plan))]
-    parts += [_heading("data"), _facts(_source_facts(plan.sources))]
+    parts += [_heading("data"), _facts(_source_facts(plan))]
     parts += [_heading("model"), _facts(_model_facts(plan))]
     if plan.warnings:
         parts += [_heading("warnings"), *(Text(warning, style="yellow") for warning in plan.warnings)]
@@ -132,10 +132,13 @@ def _batch(plan: Plan) -> str:
     )
 
 
-def _source_facts(lines: tuple[SourceLine, ...]) -> Iterator[tuple[str, str]]:
-    for line in lines:
+def _source_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    for line in plan.sources:
         found = line.found
         yield line.name, str(found) if isinstance(found, Unknown) else _source(found)
+    held_out = plan.recipe["data"]["eval"]
+    if isinstance(held_out, Mapping):
+        yield "held out", f"{held_out['fraction']:.1%} of the rows of each source, by a hash of the row"
 
 
 def _source(source: SourcePlan) -> str:

@@ -309,6 +309,11 @@ def test_the_terminal_shows_every_default_and_figure(capsys, place):
     assert [part for part in wanted if part not in out] == []
 
 
+def test_what_is_held_out_is_shown(capsys, place):
+    assert cli.main(["plan", "bot.yaml", "data.eval={fraction: 0.02}"]) == 0
+    assert "2.0% of the rows of each source" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_cannot_be_known_is_no_error_unless_strict(capsys, place):
     words = ["plan", "bot.yaml", "model.path=someone/some-model"]
     assert cli.main(words) == 0
