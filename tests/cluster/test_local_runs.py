@@ -1,0 +1,174 @@
+"""Whole runs under `ftlaunch` on this machine: the same numbers as torchrun's, Ctrl-C, and ranks that die."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import Command, ftlaunch, run, torchrun
+from tiny import recipe_for, write_recipe
+from training import Trained, read_run
+
+from ftlaunch.distributed import entry
+
+STEPS = 60
+"""More than pass between a signal and the step after which a run stops for it."""
+
+TENSORS = ("model.safetensors", "training/exp_avg.safetensors", "training/exp_avg_sq.safetensors")
+TWO_RANKS = "cluster.processes_per_node=2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("local-runs")
+
+
+def prepare(folder: Path, name: str) -> tuple[Path, Path]:
+    """A recipe, and the directory its run will have."""
+    train = {"max_steps": STEPS, "lr_scheduler": "linear", "warmup_ratio": 0.1}
+    recipe = recipe_for(folder, train=train, checkpoint={"every_steps": 10})
+    return write_recipe(folder / f"{name}.yaml", {**recipe, "name": name}), folder / "runs" / name
+
+
+def final(directory: Path) -> dict[str, bytes]:
+    """The tensors of the last step's checkpoint."""
+    trained = read_run(directory)
+    assert trained.checkpoint.name.startswith(f"step-{STEPS:06d}")
+    return {name: (trained.checkpoint / name).read_bytes() for name in TENSORS}
+
+
+def committed(directory: Path) -> list[int]:
+    return sorted(json.loads(path.read_text())["step"] for path in (directory / "commits").glob("*.json"))
+
+
+def outcomes(directory: Path) -> list[str]:
+    """How the attempts ended, "lost" for one that could not say."""
+    attempts = sorted((directory / "attempts").glob("a?.json"))
+    ends = [path.with_name(f"{path.stem}.end.json") for path in attempts]
+    return [json.loads(end.read_text())["outcome"] if end.exists() else "lost" for end in ends]
+
+
+def started_at(directory: Path, step: int) -> Command:
+    """The run of `prepare` under Ray on two ranks, as soon as its metrics tell of a step."""
+    command = Command(ftlaunch(f"{directory.name}.yaml", TWO_RANKS), directory.parents[1])
+    assert command.wait_until(lambda: reached(directory, step)), command.text
+    return command
+
+
+def reached(directory: Path, step: int) -> bool:
+    log = directory / "metrics.jsonl"
+    return log.exists() and f'"step":{step},' in log.read_text()
+
+
+def family(command: Command) -> list[psutil.Process]:
+    """The command and everything it has started."""
+    root = psutil.Process(command.process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Ray's own processes end within moments of the command."""
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(folder) -> Trained:
+    recipe, directory = prepare(folder, "by-torchrun")
+    code, output = run(torchrun(2, str(recipe)), folder)
+    assert code == 0, output
+    return read_run(directory)
+
+
+def test_two_logical_nodes_train_bitwise_as_torchrun_does(folder, by_torchrun):
+    recipe, directory = prepare(folder, "by-ray")
+    code, output = run(ftlaunch("--nodes", "2", str(recipe)), folder)
+    assert code == 0, output
+    assert "2 nodes on one machine are logical nodes" in output
+    by_ray = read_run(directory)
+    assert len(by_ray.losses) == STEPS
+    assert by_ray.losses == by_torchrun.losses
+    assert by_ray.grad_norms == by_torchrun.grad_norms
+    assert final(directory) == final(by_torchrun.directory)
+    assert json.loads((directory / "attempts/a1.json").read_text())["world_size"] == 2
+
+
+def test_one_process_differs_by_rounding_only(folder, by_torchrun):
+    # 20 steps: after that, rounding has grown through the steps themselves.
+    recipe, directory = prepare(folder, "alone")
+    assert entry.main([str(recipe)]) == 0
+    alone = read_run(directory)
+    assert alone.losses[:20] == pytest.approx(by_torchrun.losses[:20], rel=1e-6)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_from_there(folder, by_torchrun):
+    _, directory = prepare(folder, "interrupted")
+    command = started_at(directory, 3)
+    processes = family(command)
+    command.interrupt()
+    assert command.wait() == 130, command.text
+    assert_gone(processes)
+    [step] = committed(directory)[-1:]
+    assert 3 <= step < STEPS
+    assert f"stopped after step {step}; the same command continues from there" in command.text
+    assert outcomes(directory) == ["interrupted"]
+
+    code, output = run(ftlaunch("interrupted.yaml", TWO_RANKS), folder)
+    assert code == 0, output
+    assert f"continuing run interrupted from step {step}" in output
+    assert [line["step"] for line in read_run(directory).steps] == list(range(1, STEPS + 1))
+    assert final(directory) == final(by_torchrun.directory)
+
+
+def test_a_second_ctrl_c_stops_at_once(folder):
+    _, directory = prepare(folder, "interrupted-twice")
+    command = started_at(directory, 1)
+    processes = family(command)
+    command.interrupt()
+    command.wait_until(lambda: "again: at once" in command.text)
+    command.interrupt()
+    assert command.wait() == 130, command.text
+    assert_gone(processes)
+    assert "Traceback" not in command.text
+    assert STEPS not in committed(directory)
+
+
+def test_sigterm_saves_under_torchrun(folder, by_torchrun):
+    recipe, directory = prepare(folder, "terminated")
+    command = Command(torchrun(2, str(recipe)), folder)
+    assert command.wait_until(lambda: reached(directory, 3)), command.text
+    ranks = psutil.Process(command.process.pid).children()
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.terminate()
+    command.wait()
+    assert outcomes(directory) == ["interrupted"]
+    [step] = committed(directory)[-1:]
+    assert 3 <= step < STEPS
+    code, output = run(torchrun(2, str(recipe)), folder)
+    assert code == 0, output
+    assert final(directory) == final(by_torchrun.directory)
+
+
+def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
+    _, directory = prepare(folder, "killed-rank")
+    command = started_at(directory, 12)
+    ranks = [process for process in family(command) if "RayTrainWorker" in " ".join(process.cmdline())]
+    assert len(ranks) == 2
+    ranks[0].kill()
+    assert command.wait() == 0, command.text
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    assert {event["attempt"] for event in events} == {1, 2}
+    assert outcomes(directory)[1:] == ["finished"]
+    assert final(directory) == final(by_torchrun.directory)
+
+
+def test_a_mistake_that_a_rank_finds_ends_the_run_at_once(folder):
+    recipe, directory = prepare(folder, "too-fast")
+    code, output = run(ftlaunch(str(recipe), TWO_RANKS, "train.learning_rate=1e30", "train.max_grad_norm=null"), folder)
+    assert code == 1, output
+    assert "train.learning_rate" in output
+    assert "Traceback" not in output
+    assert outcomes(directory) == ["failed"]
