@@ -6,7 +6,7 @@ stored files or drawn by `initialise.py`, each rank filling just its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = folder.config.get("model_type")
+    _refuse_quantized(folder.config)
     if recipe.model.init == "pretrained":
         _refuse_converted(model_type)
     try:
@@ -82,6 +83,17 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
     causal_lm.tie_weights()
     causal_lm.config.use_cache = False
     return causal_lm
+
+
+def _refuse_quantized(config: Mapping[str, Any]) -> None:
+    """Stored numbers of a quantised model mean nothing without their scales, and some (FP8) have the right shapes."""
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "of some kind") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"model.path: the weights are quantised (quantization_config: {method}), and cannot be trained. Take the "
+            "model in bfloat16."
+        )
 
 
 def _refuse_converted(model_type: str | None) -> None:
@@ -109,10 +121,17 @@ def _adapt(causal_lm: Any, adapter: Lora) -> Any:
         modules_to_save=list(adapter.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
+    head = causal_lm.get_output_embeddings()
     try:
-        return get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
+        adapted = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"adapter: {error}") from error
+    if causal_lm.config.get_text_config().tie_word_embeddings and causal_lm.get_output_embeddings() is not head:
+        raise UserError(
+            "adapter: this model's head is its embeddings (tie_word_embeddings), so it cannot be adapted or trained by "
+            "itself. Leave the head out of adapter.modules_to_save and adapter.target_modules."
+        )
+    return adapted
 
 
 def _train_only(loss_model: LossModel, patterns: tuple[str, ...]) -> None:

@@ -70,7 +70,8 @@ def _leak(module: nn.Module, group: Group, vocabulary: int, *, sequences: int) -
     module.eval()
     with torch.no_grad():
         one, two = (_second_half(module, torch.cat([before, second]), group, sequences) for before in (first, other))
-    return max(group.peers.gather(_relative_difference(one, two)))
+    worst: float = max(group.peers.gather(_relative_difference(one, two)))
+    return worst
 
 
 def _second_half(module: nn.Module, input_ids: Tensor, group: Group, sequences: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+
+from torch import Tensor
 
 from ..recipes.errors import UserError
 from .checkpoint.fragments import FragmentReader
-from .model import BuiltModel
+from .model import BuiltModel, base_name
 
 SHOWN = 5
 
@@ -22,6 +24,7 @@ def check_base(built: BuiltModel, reader: FragmentReader) -> None:
         for name, there in built.base.items()
         if there in stored and reader.spec(there).shape != tuple(parameters[name].shape)
     ]
+    _refuse_stored_buffers(built, reader, stored)
     if missing or shapes:
         raise UserError(
             "model.path: the weights do not fit config.json.\n"
@@ -29,6 +32,29 @@ def check_base(built: BuiltModel, reader: FragmentReader) -> None:
             + _listed("other shapes", shapes)
             + "Give a folder whose config.json belongs to its weights."
         )
+
+
+def _refuse_stored_buffers(built: BuiltModel, reader: FragmentReader, stored: Set[str]) -> None:
+    """Buffers are computed, neither loaded nor saved: one that holds something learned (gemma4's layer_scalar) would be
+    lost without a word. Raises UserError for those."""
+    buffers = {
+        base_name(f"{prefix}.{name}"): buffer
+        for prefix, module in built.loss_model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    lost = [name for name, buffer in buffers.items() if name in stored and not _is_stored(reader, name, buffer)]
+    if lost:
+        raise UserError(
+            "model.path: models of this type keep learned values in buffers, which cannot be trained with yet.\n"
+            + _listed("buffers", lost).rstrip()
+        )
+
+
+def _is_stored(reader: FragmentReader, name: str, buffer: Tensor) -> bool:
+    if reader.spec(name).shape != tuple(buffer.shape):
+        return False
+    return reader.read(name, ((0, buffer.numel()),)).to(buffer.dtype).equal(buffer.cpu().flatten())
 
 
 def _listed(title: str, items: Sequence[str]) -> str:

@@ -1,0 +1,94 @@
+"""Models that would be trained on other numbers than their files hold, or not at all, are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from one_rank import alone
+from safetensors.torch import load_file, save_file
+from tiny import make_model, make_tokenizer
+
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.model import build_model
+from ftlaunch.distributed.model_files import find_model
+from ftlaunch.distributed.strategies.table import prepare
+from ftlaunch.distributed.weights import check_base
+from ftlaunch.distributed.world import World
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.schema import Recipe
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    """A recipe that is only used for its model."""
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": str(folder), "dtype": "float32"},
+            "data": {"train": [{"path": "nowhere.jsonl"}]},
+            **changes,
+        }
+    )
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    """FP8 weights have the shapes of the model; their scales would have been left out as unused."""
+    folder = make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantised \(quantization_config: fp8\)"):
+        build_model(recipe(folder), find_model(str(folder)))
+
+
+@pytest.mark.parametrize("key", ["modules_to_save", "target_modules"])
+def test_a_head_that_is_the_embeddings_is_not_adapted_by_itself(tmp_path, key):
+    folder = make_model(tmp_path / "model", tie_word_embeddings=True)
+    adapter = {"type": "lora", key: ["lm_head"]}
+    with pytest.raises(UserError, match="head is its embeddings"):
+        build_model(recipe(folder, adapter=adapter), find_model(str(folder)))
+
+
+def gemma4(folder: Path) -> Path:
+    """A tiny Gemma 4, which keeps a learned scale of each layer in a buffer."""
+    from transformers import Gemma4TextConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
+
+    config = Gemma4TextConfig(
+        vocab_size=307,
+        vocab_size_per_layer_input=307,
+        hidden_size=40,
+        hidden_size_per_layer_input=8,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=0,
+        head_dim=12,
+        global_head_dim=12,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    Gemma4ForCausalLM(config).save_pretrained(make_tokenizer(folder))
+    return folder
+
+
+def test_learned_values_in_buffers_are_refused(tmp_path):
+    folder = gemma4(tmp_path / "model")
+    check(folder)  # as the model's own initialisation has them: nothing is lost
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.layer_scalar"] = torch.tensor([0.5])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"buffers:\n    model.layers.1.layer_scalar$"):
+        check(folder)
+
+
+def check(folder: Path) -> None:
+    """What is looked at before weights are read."""
+    found = find_model(str(folder))
+    with alone():
+        built = build_model(recipe(folder), found)
+        prepare(built, recipe(folder), World())
+        check_base(built, CheckpointReader(found.url))
