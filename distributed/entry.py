@@ -32,7 +32,7 @@ from .group import Group
 from .loop import Run, train
 from .metrics import Recorder
 from .model import BuiltModel, build_model
-from .model_files import ModelFolder, find_model
+from .model_files import ModelFolder, find_model, is_hub_id
 from .monitor import Monitor, PlainMonitor
 from .probes import check_packing, choose_head
 from .published import published_files
@@ -106,8 +106,11 @@ def _say(monitor: Monitor, text: str) -> None:
 def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
     """Run one attempt, and write down how it ended."""
     ending: tuple[Outcome, str] = "failed", ""
-    recorder = Recorder.open(job.loaded.recipe, attempt, job.monitor) if job.world.is_main else None
+    recorder: Recorder | None = None
     try:
+        with group.peers.together("opening the logs"):
+            if job.world.is_main:
+                recorder = Recorder.open(job.loaded.recipe, attempt, job.monitor)
         run = _build(job, group, attempt, recorder)
         with closing(run.stream):
             outcome = train(run)
@@ -124,6 +127,7 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
     finally:
         if recorder:
             recorder.close()
+        if job.world.is_main:
             attempt.run.finish_attempt(attempt.number, *ending)
 
 
@@ -132,7 +136,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     recipe, world = job.loaded.recipe, job.world
     say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
     say("reading the data's index")
-    folder = group.from_main(partial(find_model, recipe.model.path, recipe.model.revision), "looking for the model")
+    folder = _find_folder(recipe, group)
     method = build_method(recipe.method)
     data = open_data(recipe, folder, method, attempt, group)
     say("building the model")
@@ -140,7 +144,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     engine = prepare(built, recipe, world)
     state = _load(recipe, built, engine, folder, attempt, group)
     extent, states = _where(state, data, recorder)
-    stream = data.training_stream(states)
+    stream = group.alike(lambda: data.training_stream(states), "opening the training data")
     _probe(recipe, built, engine, group, recorder)
     evaluator = Evaluator(
         group=group,
@@ -153,6 +157,9 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     )
     if state:
         evaluator.restore(state["evaluator"])
+    published = group.alike(
+        lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
+    )
     saver = Saver(
         recipe=recipe,
         run=attempt.run,
@@ -162,7 +169,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
         evaluator=evaluator,
         writer=CheckpointWriter(attempt.run.url, attempt.number, partial(_announce, recorder), group.peers),
         recorder=recorder,
-        extra_files=published_files(recipe, built, folder) if world.is_main else {},
+        extra_files=published,
         has_adapter=built.has_adapter,
         data_digest=data.digest,
         last_step=attempt.resume.step if attempt.resume else None,
@@ -181,6 +188,14 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
         recorder=recorder,
         extent=extent,
     )
+
+
+def _find_folder(recipe: Recipe, group: Group) -> ModelFolder:
+    """The model's folder, with a place of this rank's own for copies: hosts share neither those nor a hub's cache. What
+    the latest checkpoint of a run is, rank 0 decides."""
+    path, revision = recipe.model.path, recipe.model.revision
+    url = group.from_main(lambda: find_model(path, revision).url, "looking for the model")
+    return group.alike(lambda: find_model(path, revision) if is_hub_id(path) else ModelFolder(url), "finding the model")
 
 
 def _load(

@@ -61,6 +61,10 @@ class Group:
                     raise failure
         return result, sums  # type: ignore[return-value]
 
+    def alike(self, act: Callable[[], T], doing: str) -> T:
+        """What every rank makes for itself. What one rank fails at, all ranks fail at."""
+        return self.act_and_sum(lambda: (act(), []), 0, doing)[0]
+
     def from_main(self, make: Callable[[], T], doing: str) -> T:
         """What rank 0 makes, on every rank. An error of rank 0 is raised on all."""
         made: T | None = None

@@ -62,6 +62,7 @@ def train(run: Run) -> str:
     """
     if run.extent.steps == 0 and run.recipe.evaluate.at_start:
         run.evaluator.measure(run.extent.steps)
+        run.evaluator.has_new_best()  # what has not been trained is no checkpoint
     outcome = _steps(run)
     if outcome != "interrupted" and run.recipe.evaluate.at_end:
         run.evaluator.measure(run.extent.steps)
@@ -72,6 +73,8 @@ def train(run: Run) -> str:
 def _steps(run: Run) -> str:
     watch = Stopwatch()
     while not _is_over(run):
+        if _stops_early(run):
+            return "stopped_early"
         watch.lap()  # saving and evaluating are no part of a step
         batches, totals = _agree_on_step(run)
         run.saver.rejections.note(batches.rejections)
@@ -85,8 +88,6 @@ def _steps(run: Run) -> str:
         _record(run, batches, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
         if _is_due(run.recipe.evaluate.every_steps, after.steps):
             run.evaluator.measure(after.steps)
-            if run.evaluator.should_stop_early():
-                return "stopped_early"
         if run.evaluator.has_new_best() or _is_due(run.recipe.checkpoint.every_steps, after.steps):
             run.saver.save(after)
         if totals.stop:
@@ -107,6 +108,14 @@ def _refuse_no_data(run: Run) -> None:
 def _is_over(run: Run) -> bool:
     # A run bounded by its data ends with its last bin: progress reaches 1 a little before that.
     return not is_bounded_by_data(run.recipe.train) and progress(run.recipe.train, run.extent, 0) >= 1.0
+
+
+def _stops_early(run: Run) -> bool:
+    """Whether the evaluation of this very step used patience up. Asked again after a resume: the run may have been
+    killed between its last save and its end. (The evaluation at the end of a shorter run is not one of these.)"""
+    step = run.extent.steps
+    measured = run.evaluator.last_step == step and _is_due(run.recipe.evaluate.every_steps, step)
+    return measured and run.evaluator.should_stop_early()
 
 
 def _is_due(every_steps: int | None, step: int) -> bool:

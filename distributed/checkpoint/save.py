@@ -10,7 +10,7 @@ from typing import Any
 
 from ...recipes.errors import InfrastructureError
 from .. import storage
-from .commit import CommitRecord, commit, directory_name, read_commit
+from .commit import CommitRecord, commit, commit_url, directory_name, directory_problem, read_commit
 from .layout import MAX_FILE_BYTES
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, record_bytes
 from .peers import Peers
@@ -81,17 +81,29 @@ class CheckpointWriter:
         return self._commit(step, content, manifest)
 
     def _begin(self, step: int) -> CommitRecord | None:
-        """An existing commit of the step; else what an earlier try of this very attempt left is cleared away."""
+        """An existing commit of the step; else what an earlier try of this very attempt left is cleared away.
+
+        A commit whose directory is damaged makes room for ours: it was passed over when the run was resumed.
+        """
         existing: CommitRecord | None = None
         with self.peers.together("looking for earlier commits"):
             if self.peers.rank == 0:
-                existing = read_commit(self.run_url, step)
+                existing = self._usable_commit(step)
                 if existing is None:
                     storage.delete_tree(storage.join(self.run_url, directory_name(step, self.attempt)))
         existing = self.peers.broadcast(existing)
         if existing is not None and self.peers.rank == 0:
             self.announce("checkpoint_kept", step=step, directory=existing.directory, attempt_kept=existing.attempt)
         return existing
+
+    def _usable_commit(self, step: int) -> CommitRecord | None:
+        existing = read_commit(self.run_url, step)
+        problem = existing and directory_problem(self.run_url, existing)
+        if existing is None or problem is None:
+            return existing
+        storage.delete_tree(commit_url(self.run_url, step))
+        self.announce("checkpoint_replaced", step=step, directory=existing.directory, problem=problem)
+        return None
 
     def _save_part(self, directory: str, stem: str, content: Content) -> list[FileRecord]:
         source = content.parts[stem]

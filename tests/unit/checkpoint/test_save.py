@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ftlaunch.distributed import storage
-from ftlaunch.distributed.checkpoint.commit import list_commits
+from ftlaunch.distributed.checkpoint.commit import latest, list_commits
 from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
@@ -107,6 +107,17 @@ def test_a_step_that_is_committed_stays_as_it_is(tmp_path, threads, fragmented):
     assert not (tmp_path / "step-000005.a2").exists()
     assert save(tmp_path, threads, fragmented, attempt=1) == first
     assert (tmp_path / "step-000005.a1" / MANIFEST_NAME).stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path, threads, fragmented):
+    """Resuming passed it over; if it were kept the run would end with a checkpoint that nobody can load."""
+    save(tmp_path, threads, fragmented, attempt=1)
+    max((tmp_path / "step-000005.a1").glob("*.safetensors")).unlink()
+    events = Events()
+    record = save(tmp_path, threads, fragmented, attempt=2, events=events)[0]
+    assert record.directory == "step-000005.a2"
+    assert latest(str(tmp_path), pytest.fail) == record
+    assert [event["kind"] for event in events] == ["checkpoint_replaced", "checkpoint_committed"]
 
 
 def test_of_two_attempts_at_once_one_wins_and_the_other_says_so(tmp_path, threads, fragmented, monkeypatch):

@@ -1,0 +1,81 @@
+"""Ends and failures that only some ranks, or only a second start, see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import RanksFailed, run_distributed
+from tiny import recipe_for
+from training import train
+
+from ftlaunch.distributed import entry
+from ftlaunch.distributed import group as groups
+from ftlaunch.distributed.data.stream import Stream
+from ftlaunch.distributed.world import World
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.schema import Recipe
+
+
+def test_a_run_killed_after_its_early_stop_does_not_train_on(tmp_path):
+    """Its last checkpoint is committed, its end is not written yet."""
+    stopping = {"metric": "chats/loss", "patience": 2, "min_delta": 100.0}
+    recipe = recipe_for(
+        tmp_path, evaluate={"every_steps": 2, "early_stopping": stopping}, checkpoint={"every_steps": None}
+    )
+    first = train(recipe)
+    assert [step["step"] for step in first.steps] == [1, 2, 3, 4]
+    assert [path.name for path in (first.directory / "commits").iterdir()] == ["step-000004.json"]
+    (first.directory / "result.json").unlink()
+    again = train(recipe)
+    assert len(again.steps) == 4
+    assert json.loads((again.directory / "result.json").read_text())["outcome"] == "stopped_early"
+
+
+def test_what_one_rank_cannot_restore_ends_all_ranks_as_the_users_mistake(tmp_path, monkeypatch):
+    """Otherwise the others would report a broken connection, which is tried again."""
+    recipe = recipe_for(tmp_path, evaluate={"at_start": False, "at_end": False}, train={"max_steps": 2})
+    train(recipe, 2)
+    restore = Stream.restore
+
+    def refuses(self: Stream, states: Any) -> None:
+        restore(self, states)
+        if 1 in self._share.streams:
+            raise UserError("row 7 is refused now")
+
+    monkeypatch.setattr(Stream, "restore", refuses)
+    with pytest.raises(RanksFailed) as caught:
+        train({**recipe, "train": {**recipe["train"], "max_steps": 3}}, 2)
+    assert str(caught.value).count("errors.UserError: ") == 2
+    assert "errors.InfrastructureError: " not in str(caught.value)
+
+
+def test_logs_that_cannot_be_opened_end_all_ranks_and_the_attempt(tmp_path, monkeypatch):
+    def missing(*_args: Any) -> None:
+        raise UserError("wandb is not installed")
+
+    monkeypatch.setattr(entry.Recorder, "open", missing)
+    with pytest.raises(RanksFailed) as caught:
+        train(recipe_for(tmp_path), 2)
+    assert "errors.InfrastructureError: " not in str(caught.value)
+    end = json.loads((tmp_path / "runs" / "tiny" / "attempts" / "a1.end.json").read_text())
+    assert (end["outcome"], end["message"]) == ("failed", "wandb is not installed")
+
+
+def test_every_rank_has_a_place_of_its_own_for_the_models_small_files(tmp_path):
+    """Ranks of other hosts do not see rank 0's temporary folder."""
+    recipe = Recipe.model_validate(recipe_for(tmp_path))
+
+    def place(rank: int, size: int, rendezvous: Path) -> tuple[str, str]:
+        group = groups.start(World(rank=rank, size=size), f"file://{rendezvous}")
+        try:
+            folder = entry._find_folder(recipe, group)
+            return folder.url, folder._temporary.name
+        finally:
+            groups.stop()
+
+    (url, one), (same_url, other) = run_distributed(place, 2, tmp_path / "rendezvous", connect=False)
+    assert url == same_url
+    assert one != other
