@@ -20,6 +20,7 @@ import torch
 from ..recipes.errors import FtlaunchError, Interrupted, UserError
 from ..recipes.load import LoadedRecipe, as_stored, load_recipe
 from ..recipes.methods.table import build_method
+from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from . import group as groups
 from . import storage
@@ -110,7 +111,7 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
     try:
         with group.peers.together("opening the logs"):
             if job.world.is_main:
-                recorder = Recorder.open(job.loaded.recipe, attempt, job.monitor)
+                recorder = Recorder.open(job.loaded, attempt, job.monitor)
         run = _build(job, group, attempt, recorder)
         with closing(run.stream):
             outcome = train(run)
@@ -122,7 +123,7 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
             attempt.run.write_result({"outcome": outcome, **asdict(run.extent), "losses": run.evaluator.last})
         return outcome
     except Exception as error:
-        ending = ending[0], str(error)
+        ending = ending[0], redact(str(error), job.loaded.secrets)
         raise
     finally:
         if recorder:
@@ -265,12 +266,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World.from_torchrun(os.environ, num_gpus=torch.cuda.device_count())
     monitor = PlainMonitor(speaks=world.is_main)
     monitor.install_signal_handlers()
+    secrets: tuple[str, ...] = ()
     try:
+        if not arguments:
+            raise UserError("which recipe? torchrun … -m ftlaunch.distributed.entry recipe.yaml [key.sub=value …]")
         loaded = load_recipe(arguments[0], arguments[1:], environ=os.environ)
+        secrets = loaded.secrets
         run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=Flags()))
     except FtlaunchError as error:
         if world.is_main:
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(f"{redact(str(error), secrets)}\n")
         return error.exit_code
     return 0
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import psutil
 import torch
 
+from ..recipes.load import LoadedRecipe
+from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from . import storage
 from .attempt import Attempt
@@ -75,12 +77,14 @@ class Recorder:
     monitor: Monitor
     events: EventLog
     trackers: tuple[Tracker, ...]
+    secrets: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, recipe: Recipe, attempt: Attempt, monitor: Monitor) -> Recorder:
+    def open(cls, loaded: LoadedRecipe, attempt: Attempt, monitor: Monitor) -> Recorder:
         """The recorder of an attempt, with the trackers that `track:` asks for."""
         run = attempt.run
-        recorder = cls(run, attempt.number, monitor, run.open_events(attempt.number), open_trackers(recipe, run.url))
+        events = run.open_events(attempt.number, loaded.secrets)
+        recorder = cls(run, attempt.number, monitor, events, open_trackers(loaded.recipe, run.url), loaded.secrets)
         for note in attempt.notes:
             recorder.message(note, level="warning")
         return recorder
@@ -92,7 +96,7 @@ class Recorder:
 
     def message(self, text: str, level: str = "info") -> None:
         """Something the user should read."""
-        self.monitor.emit({"kind": "message", "text": text, "level": level})
+        self.monitor.emit({"kind": "message", "text": redact(text, self.secrets), "level": level})
         self.events.record("message", text=text, level=level)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from ..recipes.errors import UserError
+from ..recipes.redact import redact_values
 from . import storage
 from .checkpoint.commit import COMMITS, directory_name
 from .storage import LineLog
@@ -85,17 +86,19 @@ class AttemptInfo:
 
 
 class EventLog:
-    """events.jsonl: what happened, when, in which attempt. One writer: rank 0."""
+    """events.jsonl: what happened, when, in which attempt, without secrets. One writer: rank 0."""
 
-    def __init__(self, url: str, attempt: int, now: Now = utc_now) -> None:
+    def __init__(self, url: str, attempt: int, now: Now = utc_now, secrets: Sequence[str] = ()) -> None:
         self._log = LineLog(url)
+        self._secrets = secrets
         self._attempt = attempt
         self._now = now
 
     def record(self, kind: str, **fields: Any) -> None:
         """Add an event, and bring it to storage at once: events are rare, and the last one is often the reason."""
         time = self._now().isoformat(timespec="milliseconds")
-        self._log.append({"time": time, "attempt": self._attempt, "event": kind, **fields})
+        shown = redact_values(fields, self._secrets)
+        self._log.append({"time": time, "attempt": self._attempt, "event": kind, **shown})
         self._log.flush()
 
     def close(self) -> None:
@@ -236,9 +239,9 @@ class RunDirectory:
 
     # --- logs -------------------------------------------------------------------------------------------------------
 
-    def open_events(self, attempt: int) -> EventLog:
+    def open_events(self, attempt: int, secrets: Sequence[str] = ()) -> EventLog:
         """The event log, for rank 0."""
-        return EventLog(self.path("events.jsonl"), attempt, self._now)
+        return EventLog(self.path("events.jsonl"), attempt, self._now, secrets)
 
     @cached_property
     def metrics(self) -> LineLog:

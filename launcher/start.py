@@ -17,7 +17,7 @@ from ..distributed.model_files import find_model, is_hub_id
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe, as_stored
-from ..recipes.redact import dump_recipe
+from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema import LocalCluster
 from .hardware import Machine, this_machine
 from .history import read_record, write_report
@@ -67,7 +67,8 @@ def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: C
         ending = supervise(loaded, demand, view)
     if ending.message:
         failed = ending.outcome == "failed"
-        _say(console, f"error: {ending.message}" if failed else ending.message, "bold red" if failed else "")
+        message = redact(ending.message, loaded.secrets)
+        _say(console, f"error: {message}" if failed else message, "bold red" if failed else "")
     if ending.exit_code == 0:
         sum_up(run, console)
     else:

@@ -27,15 +27,16 @@ def redact(text: str, secrets: Sequence[str]) -> str:
 def dump_recipe(recipe: Recipe, secrets: Sequence[str] = ()) -> str:
     """The whole recipe, defaults included, as YAML that `load.parse_recipe_text` reads back."""
     stream = io.StringIO()
-    _dumper().dump(_redact_values(recipe.model_dump(mode="json"), secrets), stream)
+    _dumper().dump(redact_values(recipe.model_dump(mode="json"), secrets), stream)
     return stream.getvalue()
 
 
-def _redact_values(value: Any, secrets: Sequence[str]) -> Any:
+def redact_values(value: Any, secrets: Sequence[str]) -> Any:
+    """`redact` for every string within dicts and lists."""
     if isinstance(value, dict):
-        return {key: _redact_values(item, secrets) for key, item in value.items()}
+        return {key: redact_values(item, secrets) for key, item in value.items()}
     if isinstance(value, list):
-        return [_redact_values(item, secrets) for item in value]
+        return [redact_values(item, secrets) for item in value]
     return redact(value, secrets) if isinstance(value, str) else value
 
 
