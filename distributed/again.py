@@ -70,7 +70,8 @@ def decide(facts: Facts, new: Recipe, flags: Flags) -> Decision:
         return Decision("new", f"new run {new.name}")
     comparison = compare(facts.recipe, new)
     # Without a checkpoint nothing is lost by other values: the first try may have failed on the one that was wrong.
-    if comparison.stops and facts.step is not None and not flags.accept_changes:
+    has_trained = facts.step is not None or facts.finished
+    if comparison.stops and has_trained and not flags.accept_changes:
         return Decision("stop", _stop(new.name, comparison), comparison.stops)
     if facts.finished and not comparison.extends:
         return Decision("finished", f"run {new.name} is finished (step {facts.step})", comparison.changes)
