@@ -35,7 +35,7 @@ from .metrics import Recorder
 from .model import BuiltModel, build_model
 from .model_files import ModelFolder, find_model, is_hub_id
 from .monitor import Monitor, PlainMonitor
-from .probes import check_packing, choose_head
+from .probes import check_packing, check_positions, choose_head
 from .published import published_files
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
@@ -235,9 +235,12 @@ def _where(
 def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, recorder: Recorder | None) -> None:
     """The checks that need the real model, before anything is trained."""
     text_config = built.config.get_text_config()
-    note = choose_head(engine.module, built.loss_model, group, text_config.vocab_size, recipe.model.dtype)
-    if note and recorder:
-        recorder.message(note, level="warning")
+    most = getattr(text_config, "max_position_embeddings", None)
+    beyond = check_positions(built.loss_model.causal_lm, most, recipe.data.sequence_length)
+    head = choose_head(engine.module, built.loss_model, group, text_config.vocab_size, recipe.model.dtype)
+    if recorder:
+        for note in filter(None, (beyond, head)):
+            recorder.message(note, level="warning")
     if recipe.data.packing:
         check_packing(
             engine.module,

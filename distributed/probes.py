@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,21 @@ def choose_head(module: nn.Module, loss_model: LossModel, group: Group, vocabula
         f"This model changes its logits after the head (relative difference {worst:.1e}); its own head is used, which "
         "holds the logits of a whole micro-batch in memory."
     )
+
+
+def check_positions(causal_lm: Any, most: int | None, sequence_length: int) -> str | None:
+    """Compare `data.sequence_length` with the positions that the model was made for (`most`); what to tell the user.
+
+    Rotary positions go on beyond that, badly. Raises UserError for positions in a table, which end.
+    """
+    if most is None or sequence_length <= most:
+        return None
+    text = f"data.sequence_length {sequence_length} is above the {most} positions of this model"
+    tables = [module for module in causal_lm.modules() if isinstance(module, nn.Embedding)]
+    tables = [table for table in tables if table is not causal_lm.get_input_embeddings()]
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):  # some families keep two rows for padding
+        raise UserError(f"{text} (max_position_embeddings in config.json): it has no embeddings of more. Lower it.")
+    return f"{text} (max_position_embeddings in config.json): quality suffers beyond, unless rope scaling covers it."
 
 
 def check_packing(

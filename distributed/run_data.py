@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Rejected, Row, Sample
 from ..recipes.schema import EvalSplit, Recipe, RowFormat
 from .attempt import Attempt
@@ -33,10 +34,21 @@ class RunData:
     train: Index
     eval: Index | None
     digest: str
+    vocabulary: int | None
+    """Tokens that the model knows; None: its configuration does not say."""
 
     def encode(self, row: Row, row_format: RowFormat) -> Sample | Rejected:
-        """A row as the method learns from it."""
-        return self.method.encode(row, row_format, self.encoder)
+        """A row as the method learns from it. Raises UserError for a token that the model has no embedding of: some
+        tokenizers hold a few more, so only those in use matter."""
+        encoded = self.method.encode(row, row_format, self.encoder)
+        if isinstance(encoded, Sample) and self.vocabulary is not None:
+            largest = int(encoded.input_ids.max(initial=0))
+            if largest >= self.vocabulary:
+                raise UserError(
+                    f"model.tokenizer: token {largest} ({self.encoder.decode([largest])!r}) is in the data, and the "
+                    f"model knows {self.vocabulary} tokens (vocab_size in config.json). Take its own tokenizer."
+                )
+        return encoded
 
     def training_stream(self, states: Mapping[str, Any] | None) -> Stream:
         """This rank's stream, at its beginning or where `states` (of all ranks) were taken."""
@@ -102,4 +114,5 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
         train=Index.load(folder_of_indexes, train.prefix),
         eval=Index.load(folder_of_indexes, evals.prefix) if evals.sources else None,
         digest=train.prefix,
+        vocabulary=folder.config.get("text_config", folder.config).get("vocab_size"),
     )

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from harness import RanksFailed
 from one_rank import alone
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_tokenizer
+from tiny import chat_rows, make_model, make_tokenizer, write_jsonl
+from training import train
 
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
 from ftlaunch.distributed.model import build_model
 from ftlaunch.distributed.model_files import find_model
+from ftlaunch.distributed.probes import check_positions
 from ftlaunch.distributed.strategies.table import prepare
 from ftlaunch.distributed.weights import check_base
 from ftlaunch.distributed.world import World
@@ -92,3 +95,40 @@ def check(folder: Path) -> None:
         built = build_model(recipe(folder), found)
         prepare(built, recipe(folder), World())
         check_base(built, CheckpointReader(found.url))
+
+
+def test_tokens_that_the_model_does_not_know_end_every_rank_with_the_row(tmp_path):
+    """An embedding would raise IndexError on one rank, and on a GPU a device-side assertion."""
+    folder = make_model(tmp_path / "model", vocab_size=290)
+    rows = write_jsonl(tmp_path / "chat.jsonl", chat_rows(40))
+    source = {"path": str(rows), "format": "chat"}
+    with pytest.raises(RanksFailed) as caught:
+        train(
+            {
+                "name": "tiny",
+                "model": {"path": str(folder), "dtype": "float32"},
+                "data": {"train": [source], "sequence_length": 64},
+                "train": {"max_steps": 2, "global_batch_size": 4},
+                "checkpoint": {"path": str(tmp_path / "runs")},
+                "track": {"tensorboard": False},
+            },
+            2,
+        )
+    assert "the model knows 290 tokens" in str(caught.value)
+    assert "errors.InfrastructureError: " not in str(caught.value)
+
+
+@pytest.mark.parametrize(("model_type", "refused"), [("llama", False), ("gpt2", True), ("opt", True)])
+def test_sequences_beyond_the_models_positions(model_type, refused):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(model_type, vocab_size=64, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert check_positions(model, config.max_position_embeddings, 64) is None
+    if refused:
+        with pytest.raises(UserError, match="above the 64 positions"):
+            check_positions(model, config.max_position_embeddings, 65)
+    else:
+        assert "rope scaling" in (check_positions(model, config.max_position_embeddings, 65) or "")
