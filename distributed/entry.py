@@ -36,7 +36,7 @@ from .model import BuiltModel, build_model
 from .model_files import ModelFolder, find_model, is_hub_id
 from .monitor import Monitor, PlainMonitor
 from .probes import check_packing, check_positions, choose_head
-from .published import published_files
+from .published import base_of, published_files, read_base
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
 from .saver import Saver, load_parts, read_state
@@ -137,7 +137,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     recipe, world = job.loaded.recipe, job.world
     say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
     say("reading the data's index")
-    folder = _find_folder(recipe, group)
+    folder = _find_folder(recipe, attempt, group)
     method = build_method(recipe.method)
     data = open_data(recipe, folder, method, attempt, group)
     say("building the model")
@@ -191,12 +191,22 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     )
 
 
-def _find_folder(recipe: Recipe, group: Group) -> ModelFolder:
+def _find_folder(recipe: Recipe, attempt: Attempt, group: Group) -> ModelFolder:
     """The model's folder, with a place of this rank's own for copies: hosts share neither those nor a hub's cache. What
     the latest checkpoint of a run is, rank 0 decides."""
     path, revision = recipe.model.path, recipe.model.revision
-    url = group.from_main(lambda: find_model(path, revision).url, "looking for the model")
+    url = group.from_main(lambda: _base_url(recipe, attempt), "looking for the model")
     return group.alike(lambda: find_model(path, revision) if is_hub_id(path) else ModelFolder(url), "finding the model")
+
+
+def _base_url(recipe: Recipe, attempt: Attempt) -> str:
+    """Where the base model is. An adapter of a run's checkpoint stays with that one when the run has gone on since."""
+    folder = find_model(recipe.model.path, recipe.model.revision)
+    if recipe.adapter is None or attempt.resume is None or folder.url == recipe.model.path:
+        return folder.url
+    stored = read_base(attempt.run.path(attempt.resume.directory))
+    earlier = ModelFolder(storage.join(recipe.model.path, stored.rpartition("/")[2]))
+    return stored if base_of(recipe, earlier) == stored else folder.url
 
 
 def _load(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.schema import Recipe
+from . import storage
 from .model import BuiltModel
-from .model_files import ModelFolder, find_model
+from .model_files import ModelFolder, find_model, is_hub_id
 
 OURS = frozenset({"config.json", "chat_template.jinja"})
 """Files that are written anew rather than copied."""
@@ -23,7 +24,7 @@ def published_files(recipe: Recipe, built: BuiltModel, folder: ModelFolder) -> d
     files["config.json"] = _as_json(_model_config(recipe, built))
     if built.has_adapter:
         del files["config.json"]
-        files["adapter_config.json"] = _as_json(_adapter_config(recipe, built))
+        files["adapter_config.json"] = _as_json(_adapter_config(recipe, built, folder))
     if recipe.model.chat_template is not None:
         files["chat_template.jinja"] = template_text(recipe.model.chat_template).encode()
     return files
@@ -44,9 +45,25 @@ def _model_config(recipe: Recipe, built: BuiltModel) -> dict[str, Any]:
     }
 
 
-def _adapter_config(recipe: Recipe, built: BuiltModel) -> dict[str, Any]:
+def base_of(recipe: Recipe, folder: ModelFolder) -> str:
+    """What an adapter names as its base: the hub id, or the very folder, never a run, which may go on."""
+    if is_hub_id(recipe.model.path):
+        return recipe.model.path
+    return str(storage.local_path(folder.url).absolute()) if storage.is_local(folder.url) else folder.url
+
+
+def read_base(checkpoint: str) -> str:
+    """The base that a saved adapter names."""
+    base: str = json.loads(storage.read_bytes(storage.join(checkpoint, "adapter_config.json")))[
+        "base_model_name_or_path"
+    ]
+    return base
+
+
+def _adapter_config(recipe: Recipe, built: BuiltModel, folder: ModelFolder) -> dict[str, Any]:
     config: dict[str, Any] = built.loss_model.model.peft_config["default"].to_dict()  # type: ignore[union-attr, index]
-    return config | {"base_model_name_or_path": recipe.model.path, "inference_mode": True}
+    base = {"base_model_name_or_path": base_of(recipe, folder), "revision": recipe.model.revision}
+    return config | base | {"inference_mode": True}
 
 
 def _as_json(value: dict[str, Any]) -> bytes:

@@ -13,7 +13,9 @@ from training import train
 
 from ftlaunch.distributed import entry
 from ftlaunch.distributed import group as groups
+from ftlaunch.distributed.attempt import Attempt
 from ftlaunch.distributed.data.stream import Stream
+from ftlaunch.distributed.run_directory import RunDirectory, utc_now
 from ftlaunch.distributed.world import World
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.schema import Recipe
@@ -64,6 +66,22 @@ def test_logs_that_cannot_be_opened_end_all_ranks_and_the_attempt(tmp_path, monk
     assert (end["outcome"], end["message"]) == ("failed", "wandb is not installed")
 
 
+def test_an_adapter_stays_with_the_checkpoint_that_it_began_on(tmp_path):
+    """Its base is a run that goes on while the adapter is half trained."""
+    shared: dict[str, Any] = {"evaluate": {"at_start": False, "at_end": False}, "checkpoint": {"every_steps": None}}
+    numbers = {"lr_scheduler": "constant", "learning_rate": 1e-2}
+    base = recipe_for(tmp_path, name="base", **shared, train={"max_steps": 2, **numbers})
+    tuned: dict[str, Any] = {"adapter": {"type": "lora", "rank": 4}, "model": {"path": str(tmp_path / "runs" / "base")}}
+    train(base)
+    whole = train(recipe_for(tmp_path, name="whole", **shared, **tuned, train={"max_steps": 4, **numbers}))
+    train(recipe_for(tmp_path, name="halves", **shared, **tuned, train={"max_steps": 2, **numbers}))
+    train({**base, "train": {**base["train"], "max_steps": 4}})
+    halves = train(recipe_for(tmp_path, name="halves", **shared, **tuned, train={"max_steps": 4, **numbers}))
+    assert halves.losses == whole.losses
+    config = json.loads((halves.checkpoint / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "runs" / "base" / "step-000002.a1")
+
+
 def test_every_rank_has_a_place_of_its_own_for_the_models_small_files(tmp_path):
     """Ranks of other hosts do not see rank 0's temporary folder."""
     recipe = Recipe.model_validate(recipe_for(tmp_path))
@@ -71,7 +89,8 @@ def test_every_rank_has_a_place_of_its_own_for_the_models_small_files(tmp_path):
     def place(rank: int, size: int, rendezvous: Path) -> tuple[str, str]:
         group = groups.start(World(rank=rank, size=size), f"file://{rendezvous}")
         try:
-            folder = entry._find_folder(recipe, group)
+            attempt = Attempt(RunDirectory(str(tmp_path)), 1, 1, utc_now(), None)
+            folder = entry._find_folder(recipe, attempt, group)
             return folder.url, folder._temporary.name
         finally:
             groups.stop()
