@@ -10,6 +10,7 @@ from typing import Any
 
 from ..recipes.schema import Recipe
 from . import storage
+from .checkpoint.commit import add_metrics
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.retention import apply_retention
 from .checkpoint.save import STATE_PATH, CheckpointWriter, Content, folder_of
@@ -44,8 +45,10 @@ class Saver:
     rejections: Rejections = field(default_factory=Rejections)
 
     def save(self, extent: Extent) -> None:
-        """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is."""
+        """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is, but
+        for losses that were measured since."""
         if extent.steps == self.last_step:
+            self.group.from_main(partial(self._add_losses, extent.steps), "adding losses to the last checkpoint")
             return
         watch = Stopwatch()
         if self.recorder:
@@ -61,6 +64,11 @@ class Saver:
             self.recorder.checkpoint(extent.steps, self.run.path(commit.directory), watch.lap())
             self._make_room(self.recorder)
             self.recorder.phase("training")
+
+    def _add_losses(self, step: int) -> None:
+        if self.recorder and self.evaluator.last_step == step:
+            add_metrics(self.run.url, step, self.evaluator.last)
+            self._make_room(self.recorder)
 
     def _state(self, extent: Extent) -> dict[str, Any]:
         streams: dict[str, Any] = {}

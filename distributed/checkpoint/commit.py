@@ -1,6 +1,7 @@
 """Which checkpoints exist: those that a commit record names. A directory without one does not exist.
 
-A record is created exclusively and never changed, so of two attempts that save the same step exactly one wins.
+A record is created exclusively, so of two attempts that save the same step exactly one wins. After that it never
+changes, but for losses that are measured later and added to one that has none.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from ...recipes.errors import UserError
@@ -69,6 +70,14 @@ def commit(run_url: str, record: CommitRecord) -> CommitRecord:
         return record
     # An answer that got lost may hide our own success, so what is stored decides.
     return read_commit(run_url, record.step) or record
+
+
+def add_metrics(run_url: str, step: int, metrics: Mapping[str, float]) -> None:
+    """Give the record of a step, if it has none, losses that were measured after it was committed: without them the
+    best checkpoint would be looked for among the others."""
+    record = read_commit(run_url, step)
+    if record is not None and not record.metrics:
+        storage.write_bytes(commit_url(run_url, step), replace(record, metrics=dict(metrics)).to_bytes())
 
 
 def list_commits(run_url: str, report: Report) -> list[CommitRecord]:
