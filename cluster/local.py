@@ -21,6 +21,10 @@ class Local:
 
     def __init__(self, config: LocalCluster, demand: Demand) -> None:
         self._config, self._demand = config, demand
+        # Now, not in `up`: Ray reads them when it is imported, which another thread may do before `up` comes to it.
+        # A token of its own: other users of this machine can reach loopback ports.
+        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
+        quiet()
 
     def problems(self) -> list[str]:
         """None that the plan has not found already: it has counted this machine's GPUs."""
@@ -32,9 +36,6 @@ class Local:
         return f"ray start --head --num-cpus {demand.ranks * demand.cpus_per_rank}{gpus}"
 
     def up(self, _code: CodeFolder) -> Endpoint:
-        # A token of its own: other users of this machine can reach loopback ports.
-        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
-        quiet()
         import ray
 
         demand = self._demand
