@@ -164,11 +164,14 @@ class _Training:
 
 @contextlib.contextmanager
 def _interrupts_to(handle: Any) -> Iterator[None]:
+    """Ctrl-C, and SIGTERM, which is how schedulers and systemd ask (Ray's own handler would end at once)."""
+
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         handle()
 
-    previous = signal.signal(signal.SIGINT, on_signal)
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
