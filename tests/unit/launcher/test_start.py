@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ftlaunch.cluster import existing
+from ftlaunch.cluster.existing import Offer
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import cli, start, supervisor
 from ftlaunch.launcher.control import Ending
@@ -151,10 +153,12 @@ def test_more_gpus_than_exist_are_refused_before_anything_is_written(capsys, pla
     assert not (place / "runs").exists()
 
 
-def test_a_cluster_of_unknown_size_is_refused(capsys, place, ranks):
-    code, said = run(capsys, "cluster={type: ray}")
-    assert code == 1
-    assert "cluster.gpus_per_node" in said
+@pytest.mark.parametrize(("offer", "nodes", "wanted"), [(Offer(4, 64), 2, 8), (Offer(0, 8), 2, 2)])
+def test_a_running_cluster_is_asked_what_it_has(capsys, place, ranks, monkeypatch, offer, nodes, wanted):
+    monkeypatch.setattr(existing, "ask", lambda config: offer)
+    code, _ = run(capsys, f"cluster={{type: ray, nodes: {nodes}}}")
+    assert code == 0
+    assert ranks.seen == [("bot", wanted)]
 
 
 def test_a_place_that_cannot_be_written_is_found_first(capsys, place, ranks):
