@@ -156,8 +156,14 @@ def _optimizer_step(run: Run, batches: StepBatches, totals: StepTotals, rate: fl
 def _micro_batch(run: Run, micro: MicroBatch, weight: float, *, last: bool) -> Tensor:
     device = run.group.world.device
     seed_dropout(run.recipe.train.seed, run.extent.steps, micro.first_bin, device)
-    terms = run.method.loss(run.models, on_device(micro.batch, device))
-    run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
+    try:
+        terms = run.method.loss(run.models, on_device(micro.batch, device))
+        run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"step {run.extent.steps + 1}: rank {run.group.world.rank} is out of GPU memory: {error}. Lower "
+            "train.micro_batch_size or data.sequence_length, set train.activation_checkpointing, or use more GPUs."
+        ) from error
     return terms.loss_sum.detach()
 
 

@@ -21,7 +21,7 @@ KEPT_EVENTS = 10_000
 
 @dataclass(frozen=True)
 class Ending:
-    """How the training ended, as rank 0 saw it."""
+    """How the training ended."""
 
     outcome: str
     message: str = ""
@@ -51,9 +51,10 @@ class Control:
         """Save and end after the current step."""
         self._stop = True
 
-    def end(self, ending: Ending) -> None:
-        """The training is over."""
-        self._ending = ending
+    def end(self, ending: Ending, rank: int = 0) -> None:
+        """The training is over. Rank 0's word counts; another's until then: a mistake that it alone saw."""
+        if rank == 0 or self._ending is None:
+            self._ending = ending
 
 
 class RayMonitor:

@@ -29,6 +29,9 @@ from .unknown import Unknown
 from .view import View
 
 POLL_S = 0.2
+ENDING_S = 5.0
+"""For the other ranks to end by themselves after one has told of a mistake."""
+
 MAX_RESTARTS = 3
 """Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
 
@@ -112,6 +115,10 @@ class _Training:
             events, ending = ray.get(self._control.take.remote())
             for event in events:
                 self.view.update(event)
+            if ending is not None and ending.outcome == "failed":
+                # Ranks that only saw a connection break would be started again, to fail again.
+                fit.join(ENDING_S)
+                over = True
             if over:
                 return ending
 

@@ -47,8 +47,9 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     monitor = RayMonitor(worker.control, speaks=context.get_world_rank() == 0)
     ending = _run(worker, context, monitor)
-    if context.get_world_rank() == 0:
-        ray.get(worker.control.end.remote(ending))
+    rank = context.get_world_rank()
+    if rank == 0 or ending.outcome == "failed":
+        ray.get(worker.control.end.remote(ending, rank))
 
 
 def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:

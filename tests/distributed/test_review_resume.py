@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from harness import RanksFailed, run_distributed
 from tiny import recipe_for
 from training import train
 
-from ftlaunch.distributed import entry
+from ftlaunch.distributed import entry, loop
 from ftlaunch.distributed import group as groups
 from ftlaunch.distributed.attempt import Attempt
 from ftlaunch.distributed.data.stream import Stream
@@ -98,3 +100,17 @@ def test_every_rank_has_a_place_of_its_own_for_the_models_small_files(tmp_path):
     (url, one), (same_url, other) = run_distributed(place, 2, tmp_path / "rendezvous", connect=False)
     assert url == same_url
     assert one != other
+
+
+def test_out_of_memory_on_one_rank_is_the_users_to_mend(tmp_path, monkeypatch):
+    on_device = loop.on_device
+    shared = {"evaluate": {"at_start": False}}
+
+    def full(batch: Any, device: str) -> Any:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return on_device(batch, device)
+
+    monkeypatch.setattr(loop, "on_device", full)
+    with pytest.raises(RanksFailed, match=r"UserError: step 1: rank 1 is out of GPU memory.*micro_batch_size"):
+        train(recipe_for(tmp_path, **shared), 2)
