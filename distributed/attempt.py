@@ -74,15 +74,8 @@ def _store_recipe(run: RunDirectory, text: str, number: int) -> None:
 
 def choose_streams(recipe: Recipe, world_size: int) -> int:
     """Logical streams of a new run: the recipe's, or the largest divisor of the global batch that is not above
-    max(16, world size).
-
-    Micro-batches are made of one stream's bins. If some divisor gives every stream whole micro-batches and every rank a
-    stream, it is preferred: then the same bins share a micro-batch at every world size, and with them dropout's seed.
-    """
+    max(16, world size). Nothing else may count, or a change of layout would change what a step trains on."""
     if recipe.data.streams is not None:
         return recipe.data.streams
-    batch, micro_batch = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    limit = max(USUAL_STREAMS, world_size)
-    divisors = [n for n in range(1, min(batch, limit) + 1) if batch % n == 0]
-    whole = [n for n in divisors if n >= world_size and (batch // n) % micro_batch == 0]
-    return max(whole or divisors)
+    batch = recipe.train.global_batch_size
+    return max(n for n in range(1, min(batch, max(USUAL_STREAMS, world_size)) + 1) if batch % n == 0)

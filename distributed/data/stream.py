@@ -1,13 +1,18 @@
 """The data stream of one rank: global batches that do not depend on who reads them.
 
 Bins of a step are numbered g = 0 .. B-1; bin g is the (g // S)-th of this step from logical stream g % S. With
-R <= S ranks, rank r serves the streams s with s % R == r; with more, the ranks r with r % S == s share stream s:
-each reads it and keeps every so-many-th bin.
+R <= S ranks, each serves consecutive streams; with more, the ranks r with r % S == s share stream s: each reads it and
+keeps every so-many-th bin.
+
+Micro-batches are cut from a rank's bins in the order of its streams, and streams are dealt to ranks in units that give
+whole micro-batches where there are enough of them. So the same bins share a micro-batch, and with it dropout's seed, at
+every world size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -100,13 +105,21 @@ def share_of(rank: int, world_size: int, streams: int, global_batch_size: int, m
         raise UserError(f"data.streams {streams} must divide train.global_batch_size {global_batch_size}")
     bins_per_stream = global_batch_size // streams
     if world_size <= streams:
-        mine = tuple(range(rank, streams, world_size))
-        most = -(-streams // world_size) * bins_per_stream
+        unit = _streams_per_unit(streams, world_size, bins_per_stream, micro_batch_size)
+        units = streams // unit
+        mine = tuple(range(rank * units // world_size * unit, (rank + 1) * units // world_size * unit))
+        most = -(-units // world_size) * unit * bins_per_stream
         return Share(mine, streams, 1, 0, bins_per_stream, -(-most // micro_batch_size))
     stream = rank % streams
     sharers = -(-(world_size - stream) // streams)
     most = -(-bins_per_stream // (world_size // streams))
     return Share((stream,), streams, sharers, rank // streams, bins_per_stream, -(-most // micro_batch_size))
+
+
+def _streams_per_unit(streams: int, world_size: int, bins_per_stream: int, micro_batch_size: int) -> int:
+    """Streams whose bins of a step are whole micro-batches; 1 where that leaves ranks without any."""
+    unit = math.lcm(bins_per_stream, micro_batch_size) // bins_per_stream
+    return unit if streams % unit == 0 and streams // unit >= world_size else 1
 
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:
@@ -231,8 +244,7 @@ class Stream:
         return taken if self._share.counts else ()
 
     def _micro_batches(self, numbered: Sequence[tuple[int, Bin]]) -> tuple[MicroBatch, ...]:
-        """Lay bins out, those of one stream beside each other: then the same bins share a micro-batch at any world
-        size, as long as the micro-batch size divides a stream's bins. Missing ones are empty bins."""
+        """Lay bins out, those of one stream beside each other; missing ones are empty bins."""
         size = self._micro_batch_size
         nothing = (self._share.num_streams * self._share.bins_per_stream, Bin([], 0))
         padding = [nothing] * (self._share.micro_batches * size - len(numbered))

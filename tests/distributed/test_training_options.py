@@ -46,10 +46,10 @@ def weights(run: Trained) -> dict[str, torch.Tensor]:
 
 
 def test_dropout_does_not_depend_on_the_layout(tmp_path):
-    """At one micro-batch size that divides a stream's bins (4 streams of 2), the same bins share a micro-batch."""
+    """With one micro-batch size, and a whole micro-batch for every rank, the same bins share a micro-batch."""
     changes: dict[str, Any] = {
         "adapter": {"type": "lora", "rank": 4, "dropout": 0.1},
-        "data": {"sequence_length": 96, "streams": 4},
+        "data": {"sequence_length": 96},
     }
     runs = [train(recipe(tmp_path, f"world-{size}", **changes), size) for size in (1, 2, 3)]
     [without] = train_all([recipe(tmp_path, "without", **{**changes, "adapter": {"type": "lora", "rank": 4}})])
