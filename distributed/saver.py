@@ -54,13 +54,16 @@ class Saver:
         if self.recorder:
             self.recorder.phase("saving")
         state = self._state(extent)
+        if self.recorder:
+            self.recorder.data(extent.steps, counters.total(stream["counters"] for stream in state["stream"].values()))
+            # Before the commit: a resumed run takes no step again that is committed, so its numbers would be lost.
+            self.run.metrics.flush()
         commit = self.writer.save(extent.steps, self._content(state))
         self.last_step = extent.steps
         refused = self.rejections.take(self.group.peers)
         if self.recorder:
             if refused:
                 self.recorder.events.record("rejected_rows", rows=refused)
-            self.recorder.data(extent.steps, counters.total(stream["counters"] for stream in state["stream"].values()))
             self.recorder.checkpoint(extent.steps, self.run.path(commit.directory), watch.lap())
             self._make_room(self.recorder)
             self.recorder.phase("training")
