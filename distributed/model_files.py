@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ class ModelFolder:
     """A folder with config.json, a tokenizer, and perhaps weights. `url` is a local path or an fsspec URL."""
 
     url: str
-    _temporary: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="ftlaunch-model-"), repr=False, compare=False
-    )
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+        """Made when it is needed: ranks that are killed leave it behind."""
+        return tempfile.TemporaryDirectory(prefix="ftlaunch-model-")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
