@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,3 +55,29 @@ def test_a_packaged_recipe_plans(name, tmp_path, monkeypatch):
     assert isinstance(plan.batch, BatchPlan)
     assert plan.batch.empty_sequences == 0
     assert plan.problems == ()
+
+
+OFFLINE = """
+import sys
+from ftlaunch.launcher.cli import main
+for name in sys.argv[1:]:
+    plan = ["plan", name, "--gpus-per-node", "0"]
+    codes = main([*plan, "--json"]), main(plan), main([*plan, "--strict"])
+    print("CODES", name, codes)
+print("IMPORTED", sorted({"torch", "ray", "transformers", "pandas"} & set(sys.modules)))
+"""
+
+
+def test_offline_every_recipe_plans_with_what_is_unknown_and_without_torch(tmp_path, monkeypatch):
+    """No hub and none of the recipe's GPUs: `plan` says what it cannot know, and only `--strict` minds."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in packaged_recipes().items():
+        Path(f"{name}.yaml").write_text(text)
+        for _, _, source in named_sources(load_recipe(f"{name}.yaml", environ={}).recipe):
+            write_data(source)
+    files = [f"{name}.yaml" for name in packaged_recipes()]
+    done = subprocess.run([sys.executable, "-c", OFFLINE, *files], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("CODES")] == [f"CODES {file} (0, 0, 1)" for file in files]
+    assert lines[-1] == "IMPORTED []", done.stderr
+    assert done.stdout.count("unknown: ") >= 2 * len(files)
