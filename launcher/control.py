@@ -35,6 +35,14 @@ class Control:
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._stop = False
         self._ending: Ending | None = None
+        self._starts = 0
+
+    def begin(self) -> None:
+        """The ranks start. If not for the first time, whoever watches is told why nothing happened for a while."""
+        self._starts += 1
+        if self._starts > 1:
+            text = f"a rank was lost: all are started again (start {self._starts}), from the newest checkpoint"
+            self.emit({"kind": "message", "level": "warning", "text": text})
 
     def emit(self, event: Event) -> bool:
         """Take an event; answers whether the run shall stop."""

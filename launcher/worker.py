@@ -45,9 +45,10 @@ def train_worker(config: dict[str, Any]) -> None:
     if os.path.isdir(worker.folder):  # noqa: PTH112 - pathlib has no chdir before 3.11's contextlib one
         os.chdir(worker.folder)
     context = ray.train.get_context()
-    monitor = RayMonitor(worker.control, speaks=context.get_world_rank() == 0)
-    ending = _run(worker, context, monitor)
     rank = context.get_world_rank()
+    if rank == 0:
+        worker.control.begin.remote()
+    ending = _run(worker, context, RayMonitor(worker.control, speaks=rank == 0))
     if rank == 0 or ending.outcome == "failed":
         ray.get(worker.control.end.remote(ending, rank))
 

@@ -12,6 +12,7 @@ from tiny import recipe_for, write_recipe
 from training import Trained, read_run
 
 from ftlaunch.distributed import entry
+from ftlaunch.launcher import cli
 
 STEPS = 60
 """More than pass between a signal and the step after which a run stops for it."""
@@ -159,10 +160,31 @@ def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     assert len(ranks) == 2
     ranks[0].kill()
     assert command.wait() == 0, command.text
+    assert "a rank was lost: all are started again (start 2)" in command.text
     events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
     assert {event["attempt"] for event in events} == {1, 2}
     assert outcomes(directory)[1:] == ["finished"]
     assert final(directory) == final(by_torchrun.directory)
+
+
+def test_what_was_trained_is_shown_and_asked(folder, by_torchrun, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert cli.main(["status", "by-torchrun"]) == 0
+    shown = capsys.readouterr().out
+    assert "by-torchrun: finished" in shown
+    assert f"checkpoints: {STEPS - 10}, {STEPS}" in shown
+    answer = ["generate", "by-torchrun", "alpha beta", "--max-new-tokens", "8"]
+    assert cli.main(answer) == 0
+    first = capsys.readouterr().out
+    assert first.strip()
+    assert cli.main([*answer, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main(["generate", "by-torchrn", "alpha"]) == 1
+    assert "did you mean by-torchrun" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["check", "by-torchrun.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "chat" in shown
+    assert "alpha" in shown
 
 
 def test_a_mistake_that_a_rank_finds_ends_the_run_at_once(folder):

@@ -23,3 +23,12 @@ def test_rank_0_counts_and_another_until_it_speaks():
     assert ended((ECHO, 1), (MISTAKE, 0)) == MISTAKE
     assert ended((MISTAKE, 0), (ECHO, 1)) == MISTAKE
     assert ended((MISTAKE, 3), (DONE, 0)) == DONE  # the ranks were started again
+
+
+def test_only_a_second_start_is_said():
+    control = Control()
+    control.begin()
+    assert control.take() == ([], None)
+    control.begin()
+    [message] = control.take()[0]
+    assert "started again (start 2)" in message["text"]
