@@ -37,7 +37,7 @@ def find_run(text: str, folder: Path) -> str:
 
 def _runs_there(text: str, runs: Path) -> str:
     names = storage.list_names(str(runs))
-    near = difflib.get_close_matches(text, names, n=3) or names[:5]
-    if not near:
-        return f": {runs} holds none. Give a name under ./{DEFAULT_RUNS}, a path, or a URL."
-    return f" under ./{DEFAULT_RUNS}; did you mean {' or '.join(near)}?"
+    if near := difflib.get_close_matches(text, names, n=3):
+        return f" under ./{DEFAULT_RUNS}; did you mean {' or '.join(near)}?"
+    there = f"there are {', '.join(names[:5])}" if names else "it holds none"
+    return f" under ./{DEFAULT_RUNS}; {there}. Give a name under it, a path, or a URL."

@@ -65,6 +65,9 @@ def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: C
     demand = find_demand(loaded.recipe.cluster, machine)
     with make_view(console) as view:
         ending = supervise(loaded, demand, view)
+    if ending.outcome == "failed" and (attempts := run.attempts()):
+        # Rank 0 may have been ended before it could say so; if it has, its word stays.
+        run.finish_attempt(attempts[-1].number, "failed", ending.message)
     if ending.message:
         failed = ending.outcome == "failed"
         message = redact(ending.message, loaded.secrets)

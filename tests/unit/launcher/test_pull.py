@@ -26,11 +26,18 @@ def add_checkpoint(run: Path, step: int, files: dict[str, bytes], loss: float) -
     commit(str(run), CommitRecord(step, 1, directory.name, "2026-01-01T00:00:00+00:00", {"held-out/loss": loss}))
 
 
+RECIPE = """
+name: bot
+model: {path: base}
+data: {train: [{path: rows.jsonl}], eval: [{path: held-out.jsonl, name: held-out}]}
+"""
+
+
 @pytest.fixture
 def run(place: Path) -> Path:
     """A run of two checkpoints; the older one is the better."""
     folder = place / "runs" / "bot"
-    RunDirectory(str(folder)).store_recipe("name: bot\n")
+    RunDirectory(str(folder)).store_recipe(RECIPE)
     model = {path.name: path.read_bytes() for path in (place / "base").iterdir()}
     add_checkpoint(folder, 5, {**model, "training/state.json": b"{}"}, loss=1.0)
     add_checkpoint(folder, 10, {**model, "training/state.json": b"{}", "NOTE": b"ten"}, loss=2.0)
