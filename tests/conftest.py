@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import fsspec
+import pytest
 from hypothesis import settings
 
 # Ranks and readers of a test are processes of their own and inherit these; set before anything imports torch or ray.
@@ -16,6 +18,16 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A cluster that the developer happens to be connected to is not ours to test on.
 os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_connection_of_an_earlier_test():
+    """fsspec keeps file systems with the endpoint they first saw; every test module has a store of its own."""
+    yield
+    for name in ("s3", "http"):
+        if name in fsspec.registry:
+            fsspec.get_filesystem_class(name).clear_instance_cache()
+
 
 # No deadlines: shared machines are slow at times, and a test has no opinion about time.
 settings.register_profile("ftlaunch", deadline=None, print_blob=True)

@@ -26,7 +26,7 @@ def cluster(tmp_path_factory):
         variables,
     )  # fmt: skip
     pattern = re.compile(r"--address='([^']+)'")
-    head.wait_until(lambda: pattern.search(head.text) is not None)
+    assert head.wait_until(lambda: pattern.search(head.text) is not None), head.text
     yield pattern.search(head.text)[1], variables
     head.kill()
 
