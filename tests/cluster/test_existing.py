@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,20 @@ from tiny import recipe_for, write_recipe
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A head on loopback, as an administrator starts one: (address, the variables its users have)."""
-    folder = tmp_path_factory.mktemp("ray")
+    """A head on this machine, as an administrator starts one: (address, the variables its users have)."""
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    head = Command(
-        [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--port=0",
-         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}/t"],
-        folder,
-        variables,
-    )  # fmt: skip
     pattern = re.compile(r"--address='([^']+)'")
-    assert head.wait_until(lambda: pattern.search(head.text) is not None), head.text
-    yield pattern.search(head.text)[1], variables
-    head.kill()
+    # Ray puts sockets below this folder, and the path of a socket may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        head = Command(
+            [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=3", "--port=0", "--include-dashboard=false",
+             "--disable-usage-stats", f"--temp-dir={short}"],
+            tmp_path_factory.mktemp("ray"),
+            variables,
+        )  # fmt: skip
+        assert head.wait_until(lambda: pattern.search(head.text) is not None), head.text
+        yield pattern.search(head.text)[1], variables
+        head.kill()
 
 
 def test_a_run_joins_trains_and_leaves(cluster, tmp_path):
