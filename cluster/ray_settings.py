@@ -13,6 +13,8 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # A process that polls for preemption notices of cloud nodes; nothing of ours acts on them yet.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Seconds between looks at the ranks: how late an end or a death is noticed. Ray's own is 2.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
