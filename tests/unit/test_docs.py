@@ -46,7 +46,9 @@ def test_links_lead_somewhere(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_in_pages_are_valid(page: Path):
     for text in blocks(page, "yaml"):
-        Recipe.model_validate({**NEEDED, **YAML(typ="safe").load(text)})
+        written = YAML(typ="safe").load(text)
+        recipe = Recipe.model_validate({**NEEDED, **written})
+        assert set(written) <= recipe.model_fields_set, text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
