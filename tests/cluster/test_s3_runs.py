@@ -100,9 +100,9 @@ def committed(name: str, step: int) -> bool:
     return storage.exists(f"{BUCKET}/runs/{name}/commits/step-{step:06d}.json")
 
 
-def test_killed_and_resumed_in_a_bucket(folder, local, tmp_path, monkeypatch, capsys):
-    """Everything is in the bucket; all processes are killed after a commit; `pull` fetches what plain transformers
-    opens, with the weights of an undisturbed run on a disk."""
+@pytest.fixture(scope="module")
+def bot(folder) -> str:
+    """A run in the bucket: everything is there, and all its processes are killed once, after a commit."""
     command = torchrun(2, recipe_in(BUCKET, folder, f"{BUCKET}/runs", "bot"))
     first = Command(command, folder)
     assert first.wait_until(partial(committed, "bot", 3)), first.text
@@ -110,29 +110,34 @@ def test_killed_and_resumed_in_a_bucket(folder, local, tmp_path, monkeypatch, ca
     code, output = run(command, folder)
     assert code == 0, output
     assert "continuing run bot from step" in output
+    return f"{BUCKET}/runs/bot"
+
+
+def test_killed_and_resumed_in_a_bucket(bot, local, tmp_path, monkeypatch, capsys):
+    """`pull` fetches what plain transformers opens, with the weights of an undisturbed run on a disk."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["pull", f"{BUCKET}/runs/bot", "bot"]) == 0
+    assert cli.main(["pull", bot, "bot"]) == 0
     assert f"step {STEPS}:" in capsys.readouterr().out
     assert_equal(weights(tmp_path / "bot"), local)
-    assert cli.main(["status", f"{BUCKET}/runs/bot"]) == 0
+    assert cli.main(["status", bot]) == 0
     assert "finished" in capsys.readouterr().out
-    assert cli.main(["generate", f"{BUCKET}/runs/bot", "alpha", "--max-new-tokens", "2"]) == 0
-    lines = [json.loads(line) for line in storage.read_bytes(f"{BUCKET}/runs/bot/metrics.jsonl").splitlines()]
+    assert cli.main(["generate", bot, "alpha", "--max-new-tokens", "2"]) == 0
+    lines = [json.loads(line) for line in storage.read_bytes(f"{bot}/metrics.jsonl").splitlines()]
     assert {line["step"] for line in lines if line["kind"] == "step"} == set(range(1, STEPS + 1))
     assert {line["attempt"] for line in lines} == {1, 2}
 
 
-def test_a_run_starts_from_another_runs_end(folder, local, tmp_path):
+def test_a_run_starts_from_another_runs_end(bot, folder, local):
     """`model.path` may be a run, in a bucket or on a disk: its latest checkpoint is meant."""
-    for place in (f"{BUCKET}/runs/bot", str(folder / "runs/local")):
+    for place in (bot, str(folder / "runs/local")):
         name = f"from-{place.rpartition('/')[2]}"
         values = [f"model.path={place}", f"name={name}", "train.max_steps=2", "checkpoint.every_steps=null"]
         assert entry.main([str(folder / "local.yaml"), *values]) == 0
-    bot, disk = (read_run(folder / "runs" / name) for name in ("from-bot", "from-local"))
-    assert bot.losses == disk.losses
-    assert_equal(weights(bot.checkpoint), weights(disk.checkpoint))
+    bucket, disk = (read_run(folder / "runs" / name) for name in ("from-bot", "from-local"))
+    assert bucket.losses == disk.losses
+    assert_equal(weights(bucket.checkpoint), weights(disk.checkpoint))
     # It goes on from there: a first loss far below that of the model the other run began with.
-    assert bot.losses[0] < 0.95 * read_run(folder / "runs/local").losses[0]
+    assert bucket.losses[0] < 0.95 * read_run(folder / "runs/local").losses[0]
 
 
 def test_planned_and_checked_from_a_laptop(folder, capsys):
