@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..distributed.attempt import choose_streams
-from ..distributed.data.stream import share_of
+from ..distributed.data.share import share_of
 from ..recipes.schema import ClusterConfig, LocalCluster, Recipe
 from .hardware import Machine
 from .unknown import Unknown

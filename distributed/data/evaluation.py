@@ -9,13 +9,14 @@ import numpy as np
 
 from ...recipes.schema import Data
 from . import counters
-from .formats import BlockCache
+from .cache import BlockCache
 from .held_out import held_out
 from .index import Index
+from .lane_plan import ALL_SOURCES
 from .lanes import LaneReader, RowReader
 from .logical import Encode, Lane, LogicalStream
 from .order import LaneOrder
-from .stream import ALL_SOURCES, Collate, MicroBatch, collated_length
+from .stream import Collate, MicroBatch, collated_length
 
 
 class EvalBatches:

@@ -11,7 +11,7 @@ import numpy as np
 from ...recipes.errors import UserError
 from ...recipes.formats import REQUIRED
 from .block import Block
-from .formats import BlockCache
+from .cache import BlockCache
 from .index import Index
 from .order import Int64s, LaneOrder, Segment, slice_rows
 

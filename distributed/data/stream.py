@@ -1,42 +1,27 @@
-"""The data stream of one rank: global batches that do not depend on who reads them.
-
-Bins of a step are numbered g = 0 .. B-1; bin g is the (g // S)-th of this step from logical stream g % S. With
-R <= S ranks, each serves consecutive streams; with more, the ranks r with r % S == s share stream s: each reads it and
-keeps every so-many-th bin.
-
-Micro-batches are cut from a rank's bins in the order of its streams, and streams are dealt to ranks in units that give
-whole micro-batches where there are enough of them. So the same bins share a micro-batch, and with it dropout's seed, at
-every world size.
-"""
+"""The data stream of one rank: global batches that do not depend on who reads them."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ...recipes.errors import UserError
 from ...recipes.methods.base import Batch, Rejected, RowId, Sample
-from ...recipes.schema import Data, EvalSplit, Recipe, Train
+from ...recipes.schema import Recipe
 from . import counters
-from .formats import BlockCache
-from .held_out import held_out
+from .cache import BlockCache
 from .index import Index
+from .lane_plan import keeper, plan_lanes
 from .lanes import LaneReader, RowReader
 from .logical import Bin, Encode, Lane, LogicalStream
-from .order import LaneOrder, integer_weights
+from .share import Share, share_of
 
 Collate = Callable[[Sequence[Sequence[Sample]], int], Batch]
-Keep = Callable[[Mapping[str, Any]], bool]
 
 READ_AHEAD_STEPS = 2
 """Finished steps that wait for the loop; more only helps against stalls longer than these."""
@@ -46,9 +31,6 @@ ENCODERS = 4
 
 LENGTH_MULTIPLE = 64
 """Sequences are padded to a multiple of this: few shapes for kernels and compilers, little waste."""
-
-ALL_SOURCES = "*"
-"""Name of the one lane of unweighted sources; no source can be called that."""
 
 
 class MicroBatch(NamedTuple):
@@ -75,51 +57,6 @@ class StepBatches(NamedTuple):
     num_tokens: int
     rejections: tuple[tuple[RowId, Rejected], ...]
     data_wait_s: float
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a rank serves. `sharers` > 1: it keeps bins j of its stream with j % sharers == place."""
-
-    streams: tuple[int, ...]
-    num_streams: int
-    """Streams of the whole run."""
-    sharers: int
-    place: int
-    bins_per_stream: int
-    """Bins of a stream in every step."""
-    micro_batches: int
-    """Micro-batches in every step, the same on every rank."""
-
-    @property
-    def counts(self) -> bool:
-        """True on the one of the sharers that reports progress and counters."""
-        return self.place == 0
-
-
-def share_of(rank: int, world_size: int, streams: int, global_batch_size: int, micro_batch_size: int) -> Share:
-    """Which bins of every step a rank serves; every rank has the same number of micro-batches.
-
-    Raises UserError when `streams` does not divide the global batch."""
-    if global_batch_size % streams:
-        raise UserError(f"data.streams {streams} must divide train.global_batch_size {global_batch_size}")
-    bins_per_stream = global_batch_size // streams
-    if world_size <= streams:
-        unit = _streams_per_unit(streams, world_size, bins_per_stream, micro_batch_size)
-        units = streams // unit
-        mine = tuple(range(rank * units // world_size * unit, (rank + 1) * units // world_size * unit))
-        most = -(-units // world_size) * unit * bins_per_stream
-        return Share(mine, streams, 1, 0, bins_per_stream, -(-most // micro_batch_size))
-    stream = rank % streams
-    sharers = -(-(world_size - stream) // streams)
-    most = -(-bins_per_stream // (world_size // streams))
-    return Share((stream,), streams, sharers, rank // streams, bins_per_stream, -(-most // micro_batch_size))
-
-
-def _streams_per_unit(streams: int, world_size: int, bins_per_stream: int, micro_batch_size: int) -> int:
-    """Streams whose bins of a step are whole micro-batches; 1 where that leaves ranks without any."""
-    unit = math.lcm(bins_per_stream, micro_batch_size) // bins_per_stream
-    return unit if streams % unit == 0 and streams // unit >= world_size else 1
 
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:
@@ -257,48 +194,6 @@ class Stream:
         return self._collate(bins, length)
 
 
-def epochs_of(train: Train) -> int | None:
-    """Epochs that end the run; None: it ends by steps or tokens."""
-    if train.num_epochs is None and train.max_steps is None and train.max_tokens is None:
-        return 1
-    return train.num_epochs
-
-
-def _keeper(data: Data) -> Keep:
-    if isinstance(data.eval, EvalSplit):
-        fraction = data.eval.fraction
-        return lambda row: not held_out(row, fraction)
-    return lambda _: True
-
-
-class LanePlan(NamedTuple):
-    """A lane before any stream reads it."""
-
-    order: LaneOrder
-    block_ids: np.ndarray[Any, np.dtype[np.int64]]
-    weight: int
-    primary: bool
-    max_epochs: int | None
-
-
-def plan_lanes(index: Index, data: Data, train: Train, streams: int) -> list[LanePlan]:
-    """The lanes of the training data: one of everything without weights, else one per source."""
-    build = partial(LaneOrder, streams=streams, seed=train.seed, shuffle=data.shuffle)
-    epochs = epochs_of(train)
-    if data.train[0].weight is None:
-        order = build(ALL_SOURCES, index.block_bytes)
-        return [LanePlan(order, np.arange(index.num_blocks), 1, True, epochs)]
-    weights = integer_weights([source.weight or 0.0 for source in data.train])
-    primary = next((number for number, source in enumerate(data.train) if source.primary), 0)
-    plans = []
-    for number, source in enumerate(data.train):
-        blocks = np.flatnonzero(index.block_source == number)
-        order = build(index.sources[number].name, index.block_bytes[blocks])
-        ends = number == primary or not source.repeat
-        plans.append(LanePlan(order, blocks, weights[number], number == primary, epochs if ends else None))
-    return plans
-
-
 def open_stream(
     *,
     index: Index,
@@ -317,7 +212,7 @@ def open_stream(
     cache = BlockCache(index.read_block)
     rows = RowReader(index, cache)
     plans = plan_lanes(index, data, train, streams)
-    keep = _keeper(data)
+    keep = keeper(data)
 
     def logical(number: int) -> LogicalStream:
         readers = [

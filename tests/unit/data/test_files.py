@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlaunch.distributed.data import jsonl
-from ftlaunch.distributed.data.formats import BlockCache
+from ftlaunch.distributed.data.cache import BlockCache
 from ftlaunch.distributed.data.index import Index, build_index, verify
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.formats import detect_format

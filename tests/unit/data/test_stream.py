@@ -20,7 +20,8 @@ from ftlaunch.distributed.data import order
 from ftlaunch.distributed.data.evaluation import EvalBatches
 from ftlaunch.distributed.data.held_out import held_out
 from ftlaunch.distributed.data.index import build_index
-from ftlaunch.distributed.data.stream import open_stream, share_of
+from ftlaunch.distributed.data.share import share_of
+from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.methods.base import IGNORED, Batch, Rejected, RowId, Sample
 from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train, TrainSource
