@@ -273,6 +273,16 @@ def _set_determinism(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def _split_flags(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
+    """Flags, and what is left. Raises UserError for one that only `ftlaunch` itself takes."""
+    given = {argument for argument in arguments if argument.startswith("--")}
+    if unknown := sorted(given - {"--accept-changes"}):
+        hint = " Give the new run another name: name=NAME." if "--fresh" in unknown else ""
+        raise UserError(f"{', '.join(unknown)}: under torchrun only --accept-changes can be given.{hint}")
+    values = [argument for argument in arguments if argument not in given]
+    return Flags(accept_changes="--accept-changes" in given), values
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank under torchrun; the exit codes of the command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -281,11 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     monitor.install_signal_handlers()
     secrets: tuple[str, ...] = ()
     try:
-        if not arguments:
+        flags, values = _split_flags(arguments)
+        if not values:
             raise UserError("which recipe? torchrun … -m ftlaunch.distributed.entry recipe.yaml [key.sub=value …]")
-        loaded = load_recipe(arguments[0], arguments[1:], environ=os.environ)
+        loaded = load_recipe(values[0], values[1:], environ=os.environ)
         secrets = loaded.secrets
-        run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=Flags()))
+        run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=flags))
     except FtlaunchError as error:
         if world.is_main:
             sys.stderr.write(f"{redact(str(error), secrets)}\n")

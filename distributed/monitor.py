@@ -42,11 +42,21 @@ class PlainMonitor:
 
     def emit(self, event: Event) -> None:
         if self._speaks:
-            fields = " ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "kind")
-            sys.stderr.write(f"[ftlaunch] {event['kind']}: {fields}\n")
+            sys.stderr.write(f"[ftlaunch] {_line(event)}\n")
 
     def stop_requested(self) -> bool:
         return self._stop
+
+
+def _line(event: Event) -> str:
+    """What happened, in words where the event has some."""
+    if event["kind"] == "phase":
+        return f"{event['phase']} …"
+    if event["kind"] == "message":
+        prefix = "" if event["level"] == "info" else f"{event['level']}: "
+        return f"{prefix}{event['text']}"
+    fields = " ".join(f"{key}={_short(value)}" for key, value in event.items() if key != "kind")
+    return f"{event['kind']}: {fields}"
 
 
 def _short(value: object) -> str:

@@ -45,6 +45,21 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, capsys, mo
     assert [json.loads(path.read_text())["step"] for path in commits] == [2]
 
 
+def test_what_a_refusal_offers_is_understood_under_torchrun_too(tmp_path, capsys, monkeypatch):
+    arguments = [*prepare(MISTAKES["nan"], tmp_path), "train.learning_rate=1e-4"]
+    monkeypatch.chdir(tmp_path)
+    assert entry.main([*arguments, "train.max_steps=1"]) == 0
+    seen = capsys.readouterr().err
+    assert "[ftlaunch] reading the data's index …\n" in seen and "phase=" not in seen
+    changed = ["train.max_steps=2", "train.seed=5"]
+    assert entry.main([*arguments, *changed, "--fresh"]) == 1
+    assert "--fresh: under torchrun only --accept-changes can be given. Give the new run another name" in (
+        capsys.readouterr().err
+    )
+    assert entry.main([*arguments, *changed, "--accept-changes"]) == 0
+    assert "extending run" in capsys.readouterr().err
+
+
 def test_rows_that_teach_nothing_are_counted_and_the_rest_is_trained_on(tmp_path, monkeypatch):
     mistake = MISTAKES["answer"]
     arguments = prepare(mistake, tmp_path)
