@@ -36,6 +36,9 @@ HEARTBEAT_DEAD_S = 120.0
 MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", COMMITS})
 """One of these makes a folder a run of ours."""
 
+CHECK_REPORT = "check.html"
+"""What `ftlaunch check` leaves here, before there is a run too."""
+
 Status = Literal["new", "unfinished", "finished", "alive"]
 Outcome = Literal["finished", "failed", "interrupted"]
 Now = Callable[[], datetime]
@@ -124,7 +127,7 @@ class RunDirectory:
 
     def check(self) -> None:
         """Raises UserError if this place cannot be written, or holds something that is no run."""
-        names = storage.list_names(self.url)
+        names = [name for name in storage.list_names(self.url) if name != CHECK_REPORT]
         if names and not MARKERS & set(names):
             listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise UserError(

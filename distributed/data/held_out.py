@@ -10,11 +10,16 @@ from typing import Any
 from .columnar import without_nulls
 
 
-def held_out(row: Mapping[str, Any], fraction: float) -> bool:
-    """True for about `fraction` of all rows, by the hash of the row's canonical JSON: standard column names, sorted
-    keys, nulls left out, so that the same row in parquet and in JSON lines falls on the same side. No seed: equal rows
-    are never on both sides, whatever else changes."""
+def row_hash(row: Mapping[str, Any]) -> int:
+    """64 bits of the row's canonical JSON: standard column names, sorted keys, nulls left out, so that the same row in
+    parquet and in JSON lines has the same one."""
     kept = {name: without_nulls(value) for name, value in row.items() if value is not None}
     canonical = json.dumps(kept, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     digest = hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int.from_bytes(digest, "big")
+
+
+def held_out(row: Mapping[str, Any], fraction: float) -> bool:
+    """True for about `fraction` of all rows, by their hash. No seed: equal rows are never on both sides, whatever else
+    changes."""
+    return row_hash(row) < fraction * 2**64
