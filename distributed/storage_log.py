@@ -1,0 +1,74 @@
+"""A log that a later attempt continues, on disks and on object stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .storage_list import exists
+from .storage_place import is_local, local_path
+from .storage_read import read_bytes
+from .storage_write import write_bytes
+
+REWRITE_EVERY_S = 30.0
+"""Object stores have no append; the whole object is written again, at most this often."""
+
+
+def complete_lines(data: bytes) -> bytes:
+    """Everything up to the last newline: a line that a crash tore is dropped."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+class LineLog:
+    """JSON lines that a later attempt continues. One writer at a time.
+
+    Local files are appended to and flushed line by line. On object stores lines are kept in memory and the object
+    is rewritten on `append` when `REWRITE_EVERY_S` have passed, on `flush` and on `close`. `clock` is in seconds.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.url = url
+        self._clock = clock
+        self._written_at = clock()
+        self._local = is_local(url)
+        stored = read_bytes(url) if exists(url) else b""
+        kept = complete_lines(stored)
+        self._lines = bytearray() if self._local else bytearray(kept)
+        self._dirty = False
+        if self._local:
+            path = local_path(url)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+            if len(kept) < len(stored):
+                self._file.truncate(len(kept))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line."""
+        line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        if self._local:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines += line
+        self._dirty = True
+        if self._clock() - self._written_at >= REWRITE_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring every line to the file."""
+        if self._local:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        elif self._dirty:
+            write_bytes(self.url, bytes(self._lines))
+            self._written_at = self._clock()
+            self._dirty = False
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+        self.flush()
+        if self._local:
+            self._file.close()
