@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe
 from ..recipes.schema import Recipe
 from . import storage
 from .checkpoint.commit import CommitRecord, latest
+from .model_files import pinned_revision
 from .run_directory import RunDirectory
 
 FORMAT = 1
@@ -30,6 +32,8 @@ class Attempt:
     started_at: datetime
     """When the run first started; templates that print the date print this one."""
     resume: CommitRecord | None
+    model_revision: str | None = None
+    """Commit of a model from a hub, as the first start found it; None: the model is from elsewhere."""
     notes: tuple[str, ...] = field(default=())
     """Things about the run directory that the user should read."""
 
@@ -52,16 +56,20 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     if resume is None:
         # Nothing depends on the facts of an attempt that saved nothing, and the recipe may have changed since.
         storage.delete_tree(run.path("facts.json"))
-    facts = run.record_facts(
-        {
-            "format": FORMAT,
-            "streams": choose_streams(recipe, world_size),
-            "seed": recipe.train.seed,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-    )
+    facts = run.read_facts() or run.record_facts(_facts(recipe, world_size))
     started_at = datetime.fromisoformat(facts["started_at"])
-    return Attempt(run, number, facts["streams"], started_at, resume, tuple(notes))
+    return Attempt(run, number, facts["streams"], started_at, resume, facts["model_revision"], tuple(notes))
+
+
+def _facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """What the first start fixes for the whole run."""
+    return {
+        "format": FORMAT,
+        "streams": choose_streams(recipe, world_size),
+        "seed": recipe.train.seed,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model_revision": pinned_revision(recipe.model.path, recipe.model.revision),
+    }
 
 
 def _store_recipe(run: RunDirectory, text: str, number: int) -> None:

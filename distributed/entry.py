@@ -134,7 +134,7 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
 
 def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) -> Run:
     """Everything a rank trains with, in the order in which mistakes are cheapest to find."""
-    recipe, world = job.loaded.recipe, job.world
+    recipe, world = _pinned(job.loaded.recipe, attempt), job.world
     say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
     say("reading the data's index")
     folder = _find_folder(recipe, attempt, group)
@@ -189,6 +189,12 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
         recorder=recorder,
         extent=extent,
     )
+
+
+def _pinned(recipe: Recipe, attempt: Attempt) -> Recipe:
+    """The recipe with the hub's commit that the run began on."""
+    model = recipe.model.model_copy(update={"revision": attempt.model_revision or recipe.model.revision})
+    return recipe.model_copy(update={"model": model})
 
 
 def _find_folder(recipe: Recipe, attempt: Attempt, group: Group) -> ModelFolder:

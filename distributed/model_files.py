@@ -93,6 +93,13 @@ def is_hub_id(path: str) -> bool:
     return HUB_ID.match(path) is not None and "://" not in path and not Path(path).is_dir()
 
 
+def pinned_revision(path: str, revision: str | None) -> str | None:
+    """The commit that a hub id means today, so that a run keeps its base when the hub's branch moves; None for what is
+    no hub id. Downloads the small files. Raises UserError and InfrastructureError as `find_model` does."""
+    # The hub's cache names each snapshot's folder after its commit; this works offline too.
+    return Path(find_model(path, revision, weights=False).url).name if is_hub_id(path) else None
+
+
 def _inside_a_run(url: str) -> str:
     if not storage.exists(storage.join(url, COMMITS)):
         return url
@@ -105,7 +112,13 @@ def _inside_a_run(url: str) -> str:
 
 def _from_hub(path: str, revision: str | None, *, weights: bool) -> str:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
@@ -114,7 +127,9 @@ def _from_hub(path: str, revision: str | None, *, weights: bool) -> str:
         raise UserError(f"model.path: {path} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"model.path: there is no folder {path!r}, and no model of that name on the hub.") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision: {path} has no revision {revision!r} on the hub.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InfrastructureError(
             f"model.path: there is no folder {path!r}, and the model hub cannot be reached to look there: {error}"
         ) from error

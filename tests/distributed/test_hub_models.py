@@ -1,0 +1,68 @@
+"""A model that comes from a hub: real processes, the real hub client, a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hub import Hub, serving
+from processes import run, torchrun
+from tiny import make_model, make_tokenizer, recipe_for, write_recipe
+from training import read_run
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serving() as hub:
+        yield hub
+
+
+def a_model(folder: Path, seed: int) -> Path:
+    make_tokenizer(folder)
+    make_model(folder, seed=seed)
+    return folder
+
+
+def recipe_on_the_hub(folder: Path, **model: str) -> str:
+    recipe = recipe_for(folder, train={"max_steps": 2}, checkpoint={"every_steps": 1})
+    recipe["model"] = {**recipe["model"], "path": "acme/tiny", **model}
+    return str(write_recipe(folder / "hub.yaml", recipe))
+
+
+def test_a_run_keeps_the_commit_it_began_on(hub: Hub, tmp_path):
+    """Two ranks fetch the model; when the hub's branch moves, going on uses what the run began with."""
+    first = hub.push("acme/tiny", a_model(tmp_path / "one", seed=1))
+    command, home = torchrun(2, recipe_on_the_hub(tmp_path)), hub.environment(tmp_path / "home")
+    code, output = run(command, tmp_path, home)
+    assert code == 0, output
+    directory = tmp_path / "runs/tiny"
+    assert json.loads((directory / "facts.json").read_text())["model_revision"] == first
+
+    hub.push("acme/tiny", a_model(tmp_path / "two", seed=2))
+    hub.asked.clear()
+    code, output = run([*command, "train.max_steps=3"], tmp_path, hub.environment(tmp_path / "another-home"))
+    assert code == 0, output
+    assert any(f"/resolve/{first}/" in path for path in hub.asked)
+    assert not any("/revision/main" in path for path in hub.asked)
+    assert len(read_run(directory).losses) == 3
+
+
+def test_what_is_not_on_the_hub_is_named(hub: Hub, tmp_path):
+    recipe = recipe_on_the_hub(tmp_path, path="acme/nothing")
+    code, output = run(torchrun(1, recipe), tmp_path, hub.environment(tmp_path / "home"))
+    assert code == 1
+    assert "there is no folder 'acme/nothing', and no model of that name on the hub" in output
+    hub.push("acme/tiny", a_model(tmp_path / "one", seed=1))
+    recipe = recipe_on_the_hub(tmp_path, revision="v9")
+    code, output = run(torchrun(1, recipe, "name=other"), tmp_path, hub.environment(tmp_path / "home"))
+    assert code == 1
+    assert "acme/tiny has no revision 'v9'" in output
+
+
+def test_a_hub_out_of_reach_is_trouble_of_the_infrastructure(tmp_path):
+    recipe = recipe_on_the_hub(tmp_path)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    code, output = run(torchrun(1, recipe), tmp_path, nowhere)
+    assert code != 0
+    assert "the model hub cannot be reached" in output
