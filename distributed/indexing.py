@@ -48,12 +48,21 @@ def index_data(data: Data, run: RunDirectory) -> None:
         if not indexed.sources:
             continue
         if storage.exists(storage.join(folder, f"{indexed.prefix}.blocks.parquet")):
-            verify(Index.load(folder, indexed.prefix))
+            stored = Index.load(folder, indexed.prefix)
+            index = stored.with_options(indexed.sources)
+            verify(index)
+            if index.sources != stored.sources:
+                index.save(folder, indexed.prefix)
         else:
             build_index(indexed.sources, indexed.names).save(folder, indexed.prefix)
 
 
 def _prefix(kind: str, sources: Sequence[Source]) -> str:
     """A name that changes with the sources, so that changed data never meets an old index."""
-    key = repr([(source.path, source.format, sorted(source.columns.items())) for source in sources])
+    key = repr([_what_is_read(source) for source in sources])
     return f"{kind}-{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}"
+
+
+def _what_is_read(source: Source) -> tuple[object, ...]:
+    rows = (source.skip, source.take) if source.skip or source.take is not None else ()
+    return (source.path, source.format, sorted(source.columns.items()), *rows)

@@ -60,8 +60,13 @@ def describe(split: str, name: str, source: Source, index: Index) -> SourcePlan:
         path=", ".join(paths_of(source)),
         format=index.sources[0].format,
         files=len(index.files),
-        bytes=sum(file.size for file in index.files),
+        bytes=round(sum(file.size for file in index.files) * _used_share(index)),
         rows=COUNTED_WHILE_READING if rows is None else rows,
         blocks=index.num_blocks,
         weight=(source.weight or 0.0) if isinstance(source, TrainSource) else 0.0,
     )
+
+
+def _used_share(index: Index) -> float:
+    """Share of the bytes that `skip` and `take` leave."""
+    return float(index.order_bytes[index.used_blocks].sum() / index.block_bytes.sum())

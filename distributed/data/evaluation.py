@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from ...recipes.schema import Data
 from . import counters
 from .cache import BlockCache
@@ -16,7 +14,7 @@ from .lane_plan import ALL_SOURCES
 from .lanes import LaneReader, RowReader
 from .logical import Encode, Lane, LogicalStream
 from .order import LaneOrder
-from .stream import Collate, MicroBatch, collated_length
+from .parts import Collate, MicroBatch, collated_length
 
 
 class EvalBatches:
@@ -43,12 +41,13 @@ class EvalBatches:
         self._sequence_length = data.sequence_length
         self._micro_batch_size = micro_batch_size
         rows = RowReader(index, self._cache)
-        order = LaneOrder(ALL_SOURCES, index.block_bytes, streams=world_size, seed=0, shuffle=False)
+        blocks = index.used_blocks
+        order = LaneOrder(ALL_SOURCES, index.order_bytes[blocks], streams=world_size, seed=0, shuffle=False)
 
         def keep(row: Mapping[str, Any]) -> bool:
             return held_out_fraction is None or held_out(row, held_out_fraction)
 
-        reader = LaneReader(order, np.arange(index.num_blocks), stream=world_rank, rows=rows, keep=keep, max_epochs=1)
+        reader = LaneReader(order, blocks, stream=world_rank, rows=rows, keep=keep, max_epochs=1)
         self._stream = LogicalStream([Lane(ALL_SOURCES, reader, 1, True)], rows, data, encode)
 
     @property

@@ -11,7 +11,7 @@ import json
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,11 +22,12 @@ from ...recipes.formats import detect_format, require_columns, standard_columns
 from ...recipes.methods.base import RowId
 from ...recipes.schema import RowFormat, Source
 from .. import storage
-from ..storage import FileInfo
+from ..storage import NO_OPTIONS, FileInfo
 from . import jsonl
-from .block import UNKNOWN_ROWS, Block, BlockAddress, Scan
+from .block import ALL_ROWS, UNKNOWN_ROWS, Block, BlockAddress, RowRange, Scan
 from .formats import FORMATS, SUFFIXES, FileFormat, kind_of
 from .order import Int64s
+from .selection import rows_wanted
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -36,6 +37,8 @@ SCANNERS = 32
 
 FORMAT_VERSION = 1
 
+BLOCK_COLUMNS = ("file", "start", "nbytes", "rows", "skip", "take")
+
 
 class SourceInfo(NamedTuple):
     """A source as the stream needs it: its rows' format, and standard -> file column names."""
@@ -43,6 +46,8 @@ class SourceInfo(NamedTuple):
     name: str
     format: RowFormat
     columns: dict[str, str]
+    options: str = NO_OPTIONS
+    """Storage options that its files are read with."""
 
     @property
     def file_columns(self) -> tuple[str, ...]:
@@ -60,7 +65,8 @@ class Index:
     """Files [files] and blocks [blocks] of the sources. Blocks of a file, and files of a source, are consecutive.
 
     `file_source`: source of a file; `file_kind`: its format's name. `block_rows` is `UNKNOWN_ROWS` where only
-    reading tells.
+    reading tells. Of a block the rows [skip, skip + take) are used; `block_take` is `ALL_ROWS` where nothing is left
+    out, and 0 for a block that no row is used of.
     """
 
     sources: tuple[SourceInfo, ...]
@@ -71,6 +77,8 @@ class Index:
     block_start: Int64s
     block_bytes: Int64s
     block_rows: Int64s
+    block_skip: Int64s
+    block_take: Int64s
 
     @property
     def num_blocks(self) -> int:
@@ -87,9 +95,20 @@ class Index:
         """First block of each file."""
         return np.searchsorted(self.block_file, np.arange(len(self.files)))
 
+    @cached_property
+    def order_bytes(self) -> Int64s:
+        """Bytes that a block counts for in the order: those of its used rows."""
+        shares = self.block_bytes * np.maximum(self.block_take, 0) // np.maximum(self.block_rows, 1)
+        return np.where(self.block_take == ALL_ROWS, self.block_bytes, np.maximum(shares, 1))
+
+    @cached_property
+    def used_blocks(self) -> Int64s:
+        """The blocks that rows are used of."""
+        return np.flatnonzero(self.block_take != 0)
+
     def num_rows(self, source: int) -> int | None:
-        """Rows of a source, where its files say so without being read."""
-        rows = self.block_rows[self.block_source == source]
+        """Used rows of a source, where they can be told without reading."""
+        rows = np.where(self.block_take == ALL_ROWS, self.block_rows, self.block_take)[self.block_source == source]
         return None if (rows == UNKNOWN_ROWS).any() else int(rows.sum())
 
     def address(self, block: int) -> BlockAddress:
@@ -104,13 +123,16 @@ class Index:
         )
 
     def read_block(self, block: int) -> Block:
-        """Read and decode a block. Raises UserError that names a damaged file."""
-        return FORMATS[self.file_kind[int(self.block_file[block])]].read(self.address(block))
+        """Read and decode a block: its used rows. Raises UserError that names a damaged file."""
+        whole = FORMATS[self.file_kind[int(self.block_file[block])]].read(self.address(block))
+        take = int(self.block_take[block])
+        return whole if take == ALL_ROWS else RowRange(whole, int(self.block_skip[block]), take)
 
     def row_id(self, block: int, row: int) -> RowId:
-        """A row's name in reports and errors."""
+        """The name in reports and errors of a used row."""
         file = int(self.block_file[block])
         source = self.sources[int(self.file_source[file])]
+        row += int(self.block_skip[block])
         return RowId(source.name, self.files[file].url, row, block - int(self.first_block[file]))
 
     def select(self, source: int) -> Index:
@@ -126,7 +148,17 @@ class Index:
             self.block_start[blocks],
             self.block_bytes[blocks],
             self.block_rows[blocks],
+            self.block_skip[blocks],
+            self.block_take[blocks],
         )
+
+    def with_options(self, sources: Sequence[Source]) -> Index:
+        """The same files, read with the storage options that the sources have now."""
+        options = [storage.options_text(source.storage_options) for source in sources]
+        infos = tuple(info._replace(options=now) for info, now in zip(self.sources, options, strict=True))
+        numbers = self.file_source.tolist()
+        files = tuple(replace(file, options=options[one]) for file, one in zip(self.files, numbers, strict=True))
+        return replace(self, sources=infos, files=files)
 
     def save(self, folder: str, prefix: str) -> None:
         """Write FOLDER/PREFIX.files.parquet and FOLDER/PREFIX.blocks.parquet."""
@@ -142,9 +174,10 @@ class Index:
                 "source": self.file_source,
             }
         ).replace_schema_metadata({"ftlaunch.sources": sources, "ftlaunch.version": str(FORMAT_VERSION)})
-        blocks = pa.table(
-            {"file": self.block_file, "start": self.block_start, "nbytes": self.block_bytes, "rows": self.block_rows}
-        )
+        columns = (
+            self.block_file, self.block_start, self.block_bytes, self.block_rows, self.block_skip, self.block_take,
+        )  # fmt: skip
+        blocks = pa.table(dict(zip(BLOCK_COLUMNS, columns, strict=True)))
         for name, table in (("files", files), ("blocks", blocks)):
             storage.write_bytes(storage.join(folder, f"{prefix}.{name}.parquet"), _to_parquet(table))
 
@@ -153,14 +186,15 @@ class Index:
         """Read what `save` wrote."""
         files = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.files.parquet")))
         blocks = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.blocks.parquet")))
-        sources = json.loads(files.schema.metadata[b"ftlaunch.sources"])
+        sources = [SourceInfo(**source) for source in json.loads(files.schema.metadata[b"ftlaunch.sources"])]
         entries = files.to_pydict()
+        options = [sources[number].options for number in entries["source"]]
         return cls(
-            tuple(SourceInfo(**source) for source in sources),
-            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"])),
+            tuple(sources),
+            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"], options)),
             tuple(entries["kind"]),
             np.array(entries["source"], np.int64),
-            *(blocks.column(name).to_numpy() for name in ("file", "start", "nbytes", "rows")),
+            *(blocks.column(name).to_numpy() for name in BLOCK_COLUMNS),
         )
 
 
@@ -198,7 +232,7 @@ def build_index(sources: Sequence[Source], names: Sequence[str], *, block_bytes:
     for number, (source, name) in enumerate(zip(sources, names, strict=True)):
         mine = np.flatnonzero(file_source == number)
         infos.append(_source_info(source, name, [(files[i], kinds[i], scans[i]) for i in mine]))
-    return Index(
+    every = Index(
         tuple(infos),
         tuple(files),
         tuple(kinds),
@@ -207,7 +241,29 @@ def build_index(sources: Sequence[Source], names: Sequence[str], *, block_bytes:
         np.concatenate([scan.starts for scan in scans]),
         np.concatenate([scan.nbytes for scan in scans]),
         np.concatenate([scan.rows for scan in scans]),
+        np.zeros(sum(len(scan.starts) for scan in scans), np.int64),
+        np.full(sum(len(scan.starts) for scan in scans), ALL_ROWS),
     )
+    return _select_rows(every, sources)
+
+
+def _select_rows(index: Index, sources: Sequence[Source]) -> Index:
+    """Settle which rows are used where a source says `skip` or `take`. Raises UserError when none is left."""
+    rows, skip, take = index.block_rows.copy(), index.block_skip.copy(), index.block_take.copy()
+    for number, source in enumerate(sources):
+        if source.skip or source.take is not None:
+            blocks = np.flatnonzero(index.block_source == number)
+            count = partial(_count_rows, index, blocks)
+            wanted = rows_wanted(rows[blocks], count, source.skip, source.take)
+            rows[blocks], skip[blocks], take[blocks] = wanted
+            if not np.where(wanted.take == ALL_ROWS, wanted.rows, wanted.take).any():
+                name, there = index.sources[number].name, int(wanted.rows.sum())
+                raise UserError(f"source {name}: skip {source.skip} leaves nothing of its {there} rows")
+    return replace(index, block_rows=rows, block_skip=skip, block_take=take)
+
+
+def _count_rows(index: Index, blocks: Int64s, places: Sequence[int]) -> list[int]:
+    return _in_parallel(lambda place: index.read_block(int(blocks[place])).num_rows, places)
 
 
 def _scan(formats: dict[str, FileFormat], file: FileInfo, kind: str) -> Scan:
@@ -218,26 +274,27 @@ def _scan(formats: dict[str, FileFormat], file: FileInfo, kind: str) -> Scan:
 
 def _source_files(source: Source) -> list[FileInfo]:
     paths = (source.path,) if isinstance(source.path, str) else source.path
-    return [file for path in paths for file in _path_files(path)]
+    options = storage.options_text(source.storage_options)
+    return [file for path in paths for file in _path_files(path, options)]
 
 
-def _path_files(path: str) -> list[FileInfo]:
-    files = storage.list_files(path, tuple(SUFFIXES))
+def _path_files(path: str, options: str) -> list[FileInfo]:
+    files = storage.list_files(path, tuple(SUFFIXES), options=options)
     if files:
         return files
-    raise UserError(f"{path}: no data files found. {_near(path)} Data files end in {', '.join(SUFFIXES)}.")
+    raise UserError(f"{path}: no data files found. {_near(path, options)} Data files end in {', '.join(SUFFIXES)}.")
 
 
-def _near(path: str) -> str:
+def _near(path: str, options: str) -> str:
     """What there is on the way to a path, in words."""
     scheme, separator, place = path.rpartition("://")
     place = place.rstrip("/")
-    while place and not storage.is_folder(scheme + separator + place):
+    while place and not storage.is_folder(scheme + separator + place, options=options):
         place = posixpath.dirname(place)
     if separator and not place:
         return "No part of that path exists, the bucket neither."
     folder = scheme + separator + (place or ".")
-    names = storage.list_names(folder)
+    names = storage.list_names(folder, options=options)
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"Nearest folder: {folder}, which holds {listed or 'nothing'}."
 
@@ -261,7 +318,7 @@ def _source_info(source: Source, name: str, scanned: Sequence[tuple[FileInfo, st
         row_format = detect_format(columns, source.columns, f"source {name} ({where.url})")
     for file, columns in known:
         require_columns(columns, row_format, source.columns, file.url)
-    return SourceInfo(name, row_format, dict(source.columns))
+    return SourceInfo(name, row_format, dict(source.columns), storage.options_text(source.storage_options))
 
 
 def _columns_by_reading(file: FileInfo, kind: str) -> list[str]:
@@ -277,7 +334,7 @@ def verify(index: Index) -> None:
 
     def problem(file: FileInfo) -> str | None:
         try:
-            now = storage.info(file.url)
+            now = storage.info(file.url, options=file.options)
         except UserError as error:
             return str(error)
         if (now.size, now.etag) == (file.size, file.etag):

@@ -41,14 +41,14 @@ def plan_lanes(index: Index, data: Data, train: Train, streams: int) -> list[Lan
     build = partial(LaneOrder, streams=streams, seed=train.seed, shuffle=data.shuffle)
     epochs = epochs_of(train)
     if data.train[0].weight is None:
-        order = build(ALL_SOURCES, index.block_bytes)
-        return [LanePlan(order, np.arange(index.num_blocks), 1, True, epochs)]
+        blocks = index.used_blocks
+        return [LanePlan(build(ALL_SOURCES, index.order_bytes[blocks]), blocks, 1, True, epochs)]
     weights = integer_weights([source.weight or 0.0 for source in data.train])
     primary = next((number for number, source in enumerate(data.train) if source.primary), 0)
     plans = []
     for number, source in enumerate(data.train):
-        blocks = np.flatnonzero(index.block_source == number)
-        order = build(index.sources[number].name, index.block_bytes[blocks])
+        blocks = index.used_blocks[index.block_source[index.used_blocks] == number]
+        order = build(index.sources[number].name, index.order_bytes[blocks])
         ends = number == primary or not source.repeat
         plans.append(LanePlan(order, blocks, weights[number], number == primary, epochs if ends else None))
     return plans
