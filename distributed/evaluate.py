@@ -13,7 +13,7 @@ from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Models
 from ..recipes.schema import EarlyStopping
 from .batch import empty_batch, on_device
-from .data.stream import MicroBatch
+from .data.parts import MicroBatch
 from .group import Group
 from .metrics import Recorder
 from .strategies.base import Engine

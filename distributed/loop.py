@@ -13,7 +13,8 @@ from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Models
 from ..recipes.schema import Recipe
 from .batch import on_device, seed_dropout
-from .data.stream import MicroBatch, StepBatches, Stream
+from .data.parts import MicroBatch
+from .data.stream import StepBatches, Stream
 from .evaluate import Evaluator
 from .group import Group
 from .metrics import Recorder, Stopwatch, memory_bytes

@@ -13,7 +13,8 @@ from ..recipes.schema import EvalSplit, Recipe, RowFormat
 from .attempt import Attempt
 from .data.evaluation import EvalBatches
 from .data.index import Index
-from .data.stream import MicroBatch, Stream, open_stream
+from .data.parts import MicroBatch
+from .data.stream import Stream, open_stream
 from .data.template import load_tokenizer
 from .evaluate import Reader
 from .group import Group
