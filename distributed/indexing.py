@@ -48,11 +48,7 @@ def index_data(data: Data, run: RunDirectory) -> None:
         if not indexed.sources:
             continue
         if storage.exists(storage.join(folder, f"{indexed.prefix}.blocks.parquet")):
-            stored = Index.load(folder, indexed.prefix)
-            index = stored.with_options(indexed.sources)
-            verify(index)
-            if index.sources != stored.sources:
-                index.save(folder, indexed.prefix)
+            verify(Index.load(folder, indexed.prefix))
         else:
             build_index(indexed.sources, indexed.names).save(folder, indexed.prefix)
 

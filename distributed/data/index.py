@@ -22,7 +22,7 @@ from ...recipes.formats import detect_format, require_columns, standard_columns
 from ...recipes.methods.base import RowId
 from ...recipes.schema import RowFormat, Source
 from .. import storage
-from ..storage import NO_OPTIONS, FileInfo
+from ..storage import FileInfo
 from . import jsonl
 from .block import ALL_ROWS, UNKNOWN_ROWS, Block, BlockAddress, RowRange, Scan
 from .formats import FORMATS, SUFFIXES, FileFormat, kind_of
@@ -46,8 +46,6 @@ class SourceInfo(NamedTuple):
     name: str
     format: RowFormat
     columns: dict[str, str]
-    options: str = NO_OPTIONS
-    """Storage options that its files are read with."""
 
     @property
     def file_columns(self) -> tuple[str, ...]:
@@ -152,14 +150,6 @@ class Index:
             self.block_take[blocks],
         )
 
-    def with_options(self, sources: Sequence[Source]) -> Index:
-        """The same files, read with the storage options that the sources have now."""
-        options = [storage.options_text(source.storage_options) for source in sources]
-        infos = tuple(info._replace(options=now) for info, now in zip(self.sources, options, strict=True))
-        numbers = self.file_source.tolist()
-        files = tuple(replace(file, options=options[one]) for file, one in zip(self.files, numbers, strict=True))
-        return replace(self, sources=infos, files=files)
-
     def save(self, folder: str, prefix: str) -> None:
         """Write FOLDER/PREFIX.files.parquet and FOLDER/PREFIX.blocks.parquet."""
         import pyarrow as pa
@@ -186,12 +176,11 @@ class Index:
         """Read what `save` wrote."""
         files = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.files.parquet")))
         blocks = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.blocks.parquet")))
-        sources = [SourceInfo(**source) for source in json.loads(files.schema.metadata[b"ftlaunch.sources"])]
+        sources = json.loads(files.schema.metadata[b"ftlaunch.sources"])
         entries = files.to_pydict()
-        options = [sources[number].options for number in entries["source"]]
         return cls(
-            tuple(sources),
-            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"], options)),
+            tuple(SourceInfo(**source) for source in sources),
+            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"])),
             tuple(entries["kind"]),
             np.array(entries["source"], np.int64),
             *(blocks.column(name).to_numpy() for name in BLOCK_COLUMNS),
@@ -274,27 +263,26 @@ def _scan(formats: dict[str, FileFormat], file: FileInfo, kind: str) -> Scan:
 
 def _source_files(source: Source) -> list[FileInfo]:
     paths = (source.path,) if isinstance(source.path, str) else source.path
-    options = storage.options_text(source.storage_options)
-    return [file for path in paths for file in _path_files(path, options)]
+    return [file for path in paths for file in _path_files(path)]
 
 
-def _path_files(path: str, options: str) -> list[FileInfo]:
-    files = storage.list_files(path, tuple(SUFFIXES), options=options)
+def _path_files(path: str) -> list[FileInfo]:
+    files = storage.list_files(path, tuple(SUFFIXES))
     if files:
         return files
-    raise UserError(f"{path}: no data files found. {_near(path, options)} Data files end in {', '.join(SUFFIXES)}.")
+    raise UserError(f"{path}: no data files found. {_near(path)} Data files end in {', '.join(SUFFIXES)}.")
 
 
-def _near(path: str, options: str) -> str:
+def _near(path: str) -> str:
     """What there is on the way to a path, in words."""
     scheme, separator, place = path.rpartition("://")
     place = place.rstrip("/")
-    while place and not storage.is_folder(scheme + separator + place, options=options):
+    while place and not storage.is_folder(scheme + separator + place):
         place = posixpath.dirname(place)
     if separator and not place:
         return "No part of that path exists, the bucket neither."
     folder = scheme + separator + (place or ".")
-    names = storage.list_names(folder, options=options)
+    names = storage.list_names(folder)
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"Nearest folder: {folder}, which holds {listed or 'nothing'}."
 
@@ -318,7 +306,7 @@ def _source_info(source: Source, name: str, scanned: Sequence[tuple[FileInfo, st
         row_format = detect_format(columns, source.columns, f"source {name} ({where.url})")
     for file, columns in known:
         require_columns(columns, row_format, source.columns, file.url)
-    return SourceInfo(name, row_format, dict(source.columns), storage.options_text(source.storage_options))
+    return SourceInfo(name, row_format, dict(source.columns))
 
 
 def _columns_by_reading(file: FileInfo, kind: str) -> list[str]:
@@ -334,7 +322,7 @@ def verify(index: Index) -> None:
 
     def problem(file: FileInfo) -> str | None:
         try:
-            now = storage.info(file.url, options=file.options)
+            now = storage.info(file.url)
         except UserError as error:
             return str(error)
         if (now.size, now.etag) == (file.size, file.etag):
