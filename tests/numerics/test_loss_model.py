@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from ftlaunch.distributed import linear_loss
 from ftlaunch.distributed import loss_model as loss_models
 from ftlaunch.distributed.loss_model import LossModel, chunked_losses
 from ftlaunch.distributed.probes import choose_head
@@ -80,6 +81,66 @@ def test_chunks_change_nothing(vocabulary, dtype, tolerance):
     assert torch.equal(losses == 0, targets == IGNORED)
     for one, other in zip(ours, theirs, strict=True):
         assert relative(one, other) <= tolerance
+
+
+UPSTREAM = {
+    "summed": lambda losses: losses.sum() / 7,
+    "per sequence": lambda losses: (losses.sum(-1) * torch.tensor([1.0, -2.0, 0.5])).sum(),
+    "per position": lambda losses: (losses * torch.linspace(-1, 1, losses.numel()).view_as(losses)).sum(),
+}
+"""What becomes of the losses of a batch."""
+
+
+def whole_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32_TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("use", UPSTREAM)
+@pytest.mark.parametrize("trained", ["both", "hidden", "head"])
+def test_a_plain_head_is_differentiated_with_its_loss(dtype, tolerance, rows, use, trained):
+    torch.manual_seed(rows)
+    head = nn.Linear(24, 61, bias=False, dtype=dtype).requires_grad_(trained != "hidden")
+    hidden = torch.randn(3, 19, 24, dtype=dtype, requires_grad=trained != "head")
+    targets = random_targets((3, 19), 61)
+    wanted = [tensor for tensor in (hidden, head.weight) if tensor.requires_grad]
+    losses = chunked_losses(hidden, head, targets, 61, logits_bytes=4 * 61 * rows)
+    expected = whole_losses(hidden, head.weight, targets)
+    assert losses.dtype == torch.float32
+    assert relative(losses, expected) <= tolerance
+    assert torch.equal(losses == 0, targets == IGNORED)
+    ours = torch.autograd.grad(UPSTREAM[use](losses), wanted)
+    theirs = torch.autograd.grad(UPSTREAM[use](expected), wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == dtype
+        assert relative(one, other) <= tolerance
+
+
+def test_a_summed_loss_makes_no_logits_in_backward(monkeypatch):
+    """That is where the time goes; gradients that were handed out once are made again for who asks twice."""
+    head, hidden = nn.Linear(24, 61, bias=False), torch.randn(3, 19, 24, requires_grad=True)
+    targets = random_targets((3, 19), 61)
+    passes = []
+    in_chunks = linear_loss._in_chunks
+    monkeypatch.setattr(linear_loss, "_in_chunks", lambda *args: passes.append(len(args)) or in_chunks(*args))
+    total = chunked_losses(hidden, head, targets, 61).sum() / 3
+    first = [g.clone() for g in torch.autograd.grad(total, [hidden, head.weight], retain_graph=True)]
+    assert len(passes) == 1
+    second = torch.autograd.grad(total, [hidden, head.weight])
+    assert len(passes) == 2
+    for one, other in zip(first, second, strict=True):
+        assert relative(one, other) <= FP32_TOLERANCE
+
+
+def test_a_plain_head_without_gradients():
+    head, hidden = nn.Linear(24, 61, bias=False), torch.randn(3, 19, 24, requires_grad=True)
+    targets = random_targets((3, 19), 61)
+    with torch.no_grad():
+        losses = chunked_losses(hidden, head, targets, 61, logits_bytes=4 * 61 * 5)
+    assert not losses.requires_grad
+    assert relative(losses, whole_losses(hidden, head.weight, targets)) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("tied", [True, False])
