@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..recipes.load import LoadedRecipe
-from ..recipes.redact import dump_recipe
+from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema import Recipe
 from . import storage
 from .checkpoint.commit import CommitRecord, latest
@@ -46,7 +46,7 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     recipe = loaded.recipe
     run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
     run.check()
-    number = run.claim_attempt(world_size=world_size, command=command)
+    number = run.claim_attempt(world_size=world_size, command=[redact(word, loaded.secrets) for word in command])
     _store_recipe(run, dump_recipe(recipe, loaded.secrets), number)
     run.write_environment()
     # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
 
+from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .naming import eval_names, source_names
 from .problems import Problem
 from .schema import Cpt, EvalSplit, Lora, Recipe, Source
@@ -166,6 +167,8 @@ CHECKS: tuple[Check, ...] = (
     Check(evaluation_has_data, ("evaluate", "data")),
     Check(names_differ, ("data",)),
     Check(cpt_reads_text, ("method", "data")),
+    Check(no_credentials_in_options, ("data",)),
+    Check(no_credentials_in_urls, ("data", "model", "checkpoint")),
 )
 
 

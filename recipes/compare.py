@@ -5,6 +5,7 @@ Both recipes must have been through the same redaction (`load.as_stored`), or a 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ KINDS: dict[str, Kind] = {
     "adapter": "stops",  # another set of trainable tensors, or another scale
     "method": "stops",  # another objective
     "data": "stops",  # other rows, or the same in another order; eval sets too: losses would not be comparable
+    "data.train[].storage_options": "continues",  # the way to the files; they are the same, or the index says no
+    "data.eval[].storage_options": "continues",  # as above
     "train": "stops",  # another optimisation
     "train.micro_batch_size": "continues",  # the loss of a step does not depend on the layout (promise 2)
     "train.activation_checkpointing": "continues",  # recomputes the same numbers
@@ -36,6 +39,9 @@ KINDS: dict[str, Kind] = {
     "track": "continues",  # reporting
     "cluster": "continues",  # any world size gives the same loss (promise 2)
 }
+
+
+_LIST_INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def _differences(old: Any, new: Any, key: str, found: list[Change]) -> None:
 def _kind(key: str, old: Any, new: Any) -> Kind:
     if key.removeprefix("train.") in DURATIONS and isinstance(old, int) and isinstance(new, int):
         return "extends" if new > old else "stops"
+    key = _LIST_INDEX.sub("[]", key)
     while key not in KINDS:
         key = key.rpartition(".")[0]
     return KINDS[key]

@@ -42,6 +42,8 @@ def _option(root: JsonSchema, option: JsonSchema, value: Any, key: str) -> Itera
         yield from _tagged(root, option, value, key)
     elif "properties" in option:
         yield from _section(root, option, value, key)
+    elif option.get("additionalProperties") is True:
+        return  # whatever it holds, somebody else knows the keys
     elif option_kind(option) == "object":
         for name, item in value.items():
             yield from _value(root, option["additionalProperties"], item, dotted(key, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,27 @@ REDACTED = "REDACTED"
 """What a secret is replaced by; letters only, so that even a run's name stays a name."""
 
 
+_PASSWORD_IN_URL = re.compile(
+    r"(?<=://)[^/@\s:'\"]*:[^/@\s'\"]+(?=@)|(?<=http://)[^/@\s'\"]+(?=@)|(?<=https://)[^/@\s'\"]+(?=@)"
+)
+_SIGNED_URL = re.compile(
+    r"(?<=[?&])(X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)|AWSAccessKeyId|Signature"
+    r"|sig|access_token|token|api_?key)=[^&\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def hide_credentials(text: str) -> str:
+    """`text` without the passwords and signatures of the URLs in it."""
+    return _SIGNED_URL.sub(lambda found: f"{found[1]}={REDACTED}", _PASSWORD_IN_URL.sub(REDACTED, text))
+
+
 def redact(text: str, secrets: Sequence[str]) -> str:
-    """`text` without any of the secret values. Longer ones go first: one secret may contain another."""
+    """`text` without any of the secret values, and without passwords and signatures in URLs. Longer ones go first: one
+    secret may contain another."""
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, REDACTED)
-    return text
+    return hide_credentials(text)
 
 
 def dump_recipe(recipe: Recipe, secrets: Sequence[str] = ()) -> str:

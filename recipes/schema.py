@@ -6,7 +6,7 @@ page are made from them. Rules that span sections live in `checks.py`, reading f
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,9 @@ class Source(Section):
     """Standard name -> the file's column, for columns with other names: {messages: conversation}."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Name in reports; None: made from the path."""
+    storage_options: dict[str, Any] = {}
+    """What fsspec is told besides the path, per source: {endpoint_url: ..., anon: true, requester_pays: true, profile:
+    NAME, client_kwargs: {region_name: ...}}. Never credentials: those come from the environment."""
     skip: NonNegativeInt = 0
     """Rows left out at the beginning: files in the order of their names, rows in file order."""
     take: PositiveInt | None = None

@@ -11,6 +11,7 @@ from ftlaunch.recipes.naming import eval_names, source_name, source_names
 from ftlaunch.recipes.schema import Data, EvalSplit, Recipe, Source, TrainSource
 
 A, B = {"path": "a.jsonl"}, {"path": "b.jsonl"}
+REMOTE = {"path": "s3://acme/c.jsonl"}
 HELD_OUT = [{"path": "h.jsonl", "name": "held"}]
 
 
@@ -124,6 +125,26 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"method": {"type": "cpt"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
             "data.eval.0.format",
             {"method": {"type": "sft"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
+        ),
+    ],
+    "no_credentials_in_options": [
+        (
+            {"data": {"train": [{**REMOTE, "storage_options": {"anon": True, "secret": "x"}}]}},
+            "data.train.0.storage_options.secret",
+            {"data": {"train": [{**REMOTE, "storage_options": {"anon": True, "profile": "x"}}]}},
+        ),
+        (
+            {"data": {"train": [A], "eval": [{**B, "storage_options": {"anon": True}}]}},
+            "data.eval.0.storage_options",
+            {"data": {"train": [A], "eval": [{**REMOTE, "storage_options": {"anon": True}}]}},
+        ),
+    ],
+    "no_credentials_in_urls": [
+        ({"model": {"path": "https://u:p@host/m"}}, "model.path", {"model": {"path": "https://host/m"}}),
+        (
+            {"data": {"train": [{"path": "https://host/a.jsonl?sig=x"}]}},
+            "data.train.0.path",
+            {"data": {"train": [{"path": "https://host/a.jsonl?version=x"}]}},
         ),
     ],
 }

@@ -159,12 +159,12 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "hunter2", "WANDB_PROJECT": "shown", "my_tok
 
 
 def test_values_of_secret_variables_are_remembered_and_redacted(load: Any) -> None:
-    text = SMALLEST + "checkpoint: {path: 's3://u:${AWS_SECRET_ACCESS_KEY}@h/${WANDB_PROJECT}'}\nname: r-${my_token}\n"
+    text = SMALLEST + "checkpoint: {path: 's3://u-${AWS_SECRET_ACCESS_KEY}-h/${WANDB_PROJECT}'}\nname: r-${my_token}\n"
     loaded = load(text, environ=SECRETS)
     assert sorted(loaded.secrets) == ["hunter2", "hunter2-long"]
     dumped = dump_recipe(loaded.recipe, loaded.secrets)
     assert "hunter2" not in dumped
-    assert f"s3://u:{REDACTED}@h/shown" in dumped
+    assert f"s3://u-{REDACTED}-h/shown" in dumped
     assert as_stored(loaded).name == f"r-{REDACTED}"
 
 
