@@ -7,13 +7,18 @@ started; otherwise rank 0 does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..recipes.errors import UserError
 from ..recipes.naming import eval_names, source_names
 from ..recipes.schema import Data, EvalSplit, Source
 from . import storage
-from .data.index import Index, build_index, verify
+from .checkpoint.commit import COMMITS
+from .data.build import build_index
+from .data.changes import Changes, find_changes
+from .data.index import Index
 from .run_directory import RunDirectory
 
 INDEX = "index"
@@ -21,36 +26,80 @@ INDEX = "index"
 
 @dataclass(frozen=True)
 class Indexed:
-    """Sources that are indexed together. `prefix` names the index's files."""
+    """Sources that are indexed together. `prefix` names the index's files; `key` is their list in the recipe."""
 
     prefix: str
     sources: Sequence[Source]
     names: Sequence[str]
+    key: str
 
 
 def train_index(data: Data) -> Indexed:
     """The training sources."""
-    return Indexed(_prefix("train", data.train), data.train, source_names(data.train))
+    return Indexed(_prefix("train", data.train), data.train, source_names(data.train), "data.train")
 
 
 def eval_index(data: Data) -> Indexed:
     """The eval sources; none where evaluation data is split off the training data."""
     if isinstance(data.eval, EvalSplit):
-        return Indexed(_prefix("eval", ()), (), ())
-    return Indexed(_prefix("eval", data.eval), data.eval, eval_names(data))
+        return Indexed(_prefix("eval", ()), (), (), "data.eval")
+    return Indexed(_prefix("eval", data.eval), data.eval, eval_names(data), "data.eval")
 
 
-def index_data(data: Data, run: RunDirectory) -> None:
-    """Build what is missing in the run directory, and make sure that files are still what a stored index says. Raises
-    UserError."""
+def load_index(run: RunDirectory, indexed: Indexed) -> Index:
+    """The index that counts: the latest of those that were made of these sources."""
     folder = run.path(INDEX)
+    return Index.load(folder, _generations(folder, indexed.prefix)[-1])
+
+
+def index_data(data: Data, run: RunDirectory, *, accept_changed: bool = False) -> list[str]:
+    """Build what is missing in the run directory, and make sure that files are still what a stored index says.
+
+    Returns what became of files since, where `accept_changed` lets the run go on with them as they are now: then a
+    new index lies beside the old one. Raises UserError that names the files otherwise."""
+    folder = run.path(INDEX)
+    notes: list[str] = []
     for indexed in (train_index(data), eval_index(data)):
-        if not indexed.sources:
-            continue
-        if storage.exists(storage.join(folder, f"{indexed.prefix}.blocks.parquet")):
-            verify(Index.load(folder, indexed.prefix))
-        else:
-            build_index(indexed.sources, indexed.names).save(folder, indexed.prefix)
+        generations = _generations(folder, indexed.prefix)
+        if indexed.sources and not generations:
+            build_index(indexed.sources, indexed.names, key=indexed.key).save(folder, indexed.prefix)
+        elif indexed.sources:
+            notes += _compare(indexed, folder, generations, accept=accept_changed or not _has_trained(run))
+    return notes
+
+
+def _compare(indexed: Indexed, folder: str, generations: Sequence[str], *, accept: bool) -> Iterator[str]:
+    stored = Index.load(folder, generations[-1])
+    current = stored.with_options(indexed.sources)
+    changes = find_changes(current, indexed.sources)
+    if changes:
+        if not accept:
+            raise _changed(changes)
+        index = build_index(indexed.sources, indexed.names, key=indexed.key, known=current)
+        index.save(folder, f"{indexed.prefix}.{len(generations)}")
+        yield f"{indexed.key} is read as it is now:\n{changes}"
+    elif current.sources != stored.sources:
+        current.save(folder, generations[-1])
+
+
+def _changed(changes: Changes) -> UserError:
+    return UserError(
+        f"the data is no longer what this run was started on:\n{changes}\nBring the files back, go on with the data as "
+        "it is now with --accept-changed-data (the epoch begins again), or begin a new run with --fresh."
+    )
+
+
+def _has_trained(run: RunDirectory) -> bool:
+    """Without a checkpoint nothing depends on what the files were."""
+    return bool(storage.list_names(run.path(COMMITS)))
+
+
+def _generations(folder: str, prefix: str) -> list[str]:
+    """Names of the whole indexes of these sources, the oldest first: PREFIX, PREFIX.1, PREFIX.2 ..."""
+    pattern = re.compile(rf"({re.escape(prefix)}(?:\.(\d+))?)\.blocks\.parquet")  # the blocks are written last
+    matches = map(pattern.fullmatch, storage.list_names(folder))
+    numbered = sorted((int(match[2] or 0), match[1]) for match in matches if match)
+    return [name for _, name in numbered]
 
 
 def _prefix(kind: str, sources: Sequence[Source]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ..distributed.data.index import build_index
+from ..distributed.data.build import build_index
 from ..distributed.data.template import TextEncoder
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..distributed.data.index import Index, build_index
+from ..distributed.data.build import build_index
+from ..distributed.data.index import Index
 from ..recipes.naming import source_names
 from ..recipes.schema import EvalSplit, Recipe, Source, TrainSource
 from .unknown import Unknown, ask

@@ -15,6 +15,15 @@ class UserError(FtlaunchError):
     exit_code = 1
 
 
+class KeyedError(UserError):
+    """A mistake in the value of one of the recipe's keys (dotted, with numbers for list items), found when it was used.
+    Who knows the recipe's file can say where the key stands in it."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
+
+
 class InfrastructureError(FtlaunchError):
     """A machine, network or storage failed; the same command may work elsewhere or later. Exit code 2."""
 

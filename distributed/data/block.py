@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from ..storage import FileInfo
 from .order import Int64s
@@ -39,6 +37,10 @@ class Block(Protocol):
         """A row with the file's column names. Raises UserError (file, line, excerpt) for a broken one."""
         ...
 
+    def line(self, number: int) -> int | None:
+        """The line of the file in which a row begins, where the format has lines; may read to find out."""
+        ...
+
 
 class RowRange:
     """The rows [skip, skip + take) of a block."""
@@ -53,17 +55,17 @@ class RowRange:
         """A row, counted from the first that is not skipped."""
         return self._block.row(self._skip + number)
 
+    def line(self, number: int) -> int | None:
+        """Its line in the file."""
+        return self._block.line(self._skip + number)
+
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file holds, found without reading its rows. Arrays are [blocks]; `columns` None: no rows to tell from."""
+    """What a file holds, found without reading its rows. Arrays are [blocks]; `columns`: name -> kind of
+    value (see `kinds`); None: not looked at, or no rows to tell from."""
 
     starts: Int64s
     nbytes: Int64s
     rows: Int64s
-    columns: Sequence[str] | None
-
-
-def one_block(file: FileInfo, columns: Sequence[str] | None) -> Scan:
-    """The scan of a file that can only be read whole."""
-    return Scan(np.array([0]), np.array([max(1, file.size)]), np.array([UNKNOWN_ROWS]), columns)
+    columns: Mapping[str, str] | None

@@ -1,4 +1,4 @@
-"""File formats by name, and the cache of decoded blocks that the streams of a rank share."""
+"""The table of file formats: what a file's name says, how such a file is cut into blocks, and how a block is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..storage import FileInfo
-from . import columnar, jsonl
+from . import arrow_ipc, columnar, csv_rows, json_rows, jsonl, text_files, whole
 from .block import Block, BlockAddress, Scan
 
 
@@ -18,32 +18,73 @@ class FileFormat(NamedTuple):
     read: Callable[[BlockAddress], Block]
 
 
-_GZIP = FileFormat(partial(jsonl.scan_compressed, method="gzip"), partial(jsonl.read_compressed, method="gzip"))
-_ZSTD = FileFormat(partial(jsonl.scan_compressed, method="zstd"), partial(jsonl.read_compressed, method="zstd"))
+_PARSERS: dict[str, whole.Parse] = {
+    "jsonl": jsonl.parse,
+    "json": json_rows.parse,
+    "csv": partial(csv_rows.parse, delimiter=","),
+    "tsv": partial(csv_rows.parse, delimiter="\t"),
+    "text": text_files.parse,
+}
+"""Formats that may be compressed: from a whole file's bytes to its rows."""
+
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 FORMATS: dict[str, FileFormat] = {
     "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet),
-    "jsonl": FileFormat(jsonl.scan_plain, jsonl.read_plain),
-    "jsonl.gz": _GZIP,
-    "jsonl.zst": _ZSTD,
-    "arrow": FileFormat(columnar.scan_arrow, columnar.read_arrow),
+    "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read),
+    "jsonl": FileFormat(jsonl.scan, jsonl.read),
+    "json": FileFormat(json_rows.scan, partial(whole.read_plain, parse=_PARSERS["json"])),
+    "csv": FileFormat(partial(csv_rows.scan, delimiter=","), partial(whole.read_plain, parse=_PARSERS["csv"])),
+    "tsv": FileFormat(partial(csv_rows.scan, delimiter="\t"), partial(whole.read_plain, parse=_PARSERS["tsv"])),
+    "text": FileFormat(text_files.scan, text_files.read),
+    **{
+        f"{kind}.{suffix}": FileFormat(
+            whole.scan_compressed, partial(whole.read_compressed, parse=parse, method=method)
+        )
+        for kind, parse in _PARSERS.items()
+        for suffix, method in _COMPRESSIONS.items()
+    },
 }
 
-SUFFIXES: dict[str, str] = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl.gz",
-    ".ndjson.gz": "jsonl.gz",
-    ".jsonl.zst": "jsonl.zst",
-    ".ndjson.zst": "jsonl.zst",
-    ".arrow": "arrow",
-    ".feather": "arrow",
+_NAMES: dict[str, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq"),
+    "arrow": (".arrow", ".feather"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "json": (".json",),
+    "text": (".txt", ".md"),
 }
+"""How names of files end that are not compressed."""
+
+SUFFIXES: dict[str, str] = {
+    **{name: kind for kind, names in _NAMES.items() for name in names},
+    **{
+        f"{name}.{compression}": f"{kind}.{compression}"
+        for kind in _PARSERS
+        for name in _NAMES[kind]
+        for compression in _COMPRESSIONS
+    },
+}
+"""How the names of data files end -> format."""
+
+TIERS: tuple[frozenset[str], ...] = (
+    frozenset({"parquet", "arrow", "jsonl", "csv", "tsv"}),
+    frozenset({"json"}),
+    frozenset({"text"}),
+)
+"""What a folder is taken to hold: the first of these that is there. Beside tables lie README.md and
+dataset_info.json, which are no data; a glob names files of any kind."""
 
 
 def kind_of(url: str) -> str | None:
     """The format that a file's name says; None: no known one. A query string (`?versionId=`) is not the name."""
     name = url.split("?", maxsplit=1)[0].lower()
     return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def of_first_tier(files: list[FileInfo]) -> list[FileInfo]:
+    """Of a folder's files, those that are its data; see `TIERS`."""
+    kinds = [(kind_of(file.url) or "").partition(".")[0] for file in files]
+    tiers = ([file for file, kind in zip(files, kinds, strict=True) if kind in tier] for tier in TIERS)
+    return next((tier for tier in tiers if tier), [])

@@ -6,56 +6,28 @@ directory as two parquet tables, and a file whose size or etag has changed since
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import posixpath
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from ...recipes.errors import UserError
-from ...recipes.formats import detect_format, require_columns, standard_columns
 from ...recipes.methods.base import RowId
-from ...recipes.schema import RowFormat, Source
+from ...recipes.schema import Source
 from .. import storage
 from ..storage import FileInfo
-from . import jsonl
 from .block import ALL_ROWS, UNKNOWN_ROWS, Block, BlockAddress, RowRange, Scan
-from .formats import FORMATS, SUFFIXES, FileFormat, kind_of
+from .formats import FORMATS
 from .order import Int64s
-from .selection import rows_wanted
-
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-SCANNERS = 32
-"""Files looked at at once; scanning waits for round trips."""
+from .sources import SourceInfo
 
 FORMAT_VERSION = 1
 
 BLOCK_COLUMNS = ("file", "start", "nbytes", "rows", "skip", "take")
-
-
-class SourceInfo(NamedTuple):
-    """A source as the stream needs it: its rows' format, and standard -> file column names."""
-
-    name: str
-    format: RowFormat
-    columns: dict[str, str]
-
-    @property
-    def file_columns(self) -> tuple[str, ...]:
-        """The file's columns that are read."""
-        return tuple(self.columns.get(column, column) for column in standard_columns(self.format))
-
-    def standard_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row's needed columns, as far as they are there, under their standard names."""
-        named = zip(standard_columns(self.format), self.file_columns, strict=True)
-        return {standard: row[column] for standard, column in named if column in row}
 
 
 @dataclass(frozen=True)
@@ -84,6 +56,14 @@ class Index:
         return len(self.block_file)
 
     @cached_property
+    def digest(self) -> str:
+        """Differs when any file or its content does."""
+        digest = hashlib.blake2b(digest_size=6)
+        for file in self.files:
+            digest.update(f"{file.url}\n{file.size}\n{file.etag}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    @cached_property
     def block_source(self) -> Int64s:
         """Source of each block."""
         return self.file_source[self.block_file]
@@ -92,6 +72,14 @@ class Index:
     def first_block(self) -> Int64s:
         """First block of each file."""
         return np.searchsorted(self.block_file, np.arange(len(self.files)))
+
+    @cached_property
+    def first_row(self) -> Int64s:
+        """Number within its file of each block's first row; `UNKNOWN_ROWS` where only reading tells."""
+        unknown = self.block_rows == UNKNOWN_ROWS
+        first = self.first_block[self.block_file]
+        rows, gaps = (_before(values) for values in (np.where(unknown, 0, self.block_rows), unknown))
+        return np.where(gaps - gaps[first] > 0, UNKNOWN_ROWS, rows - rows[first])
 
     @cached_property
     def order_bytes(self) -> Int64s:
@@ -131,7 +119,20 @@ class Index:
         file = int(self.block_file[block])
         source = self.sources[int(self.file_source[file])]
         row += int(self.block_skip[block])
-        return RowId(source.name, self.files[file].url, row, block - int(self.first_block[file]))
+        first = int(self.first_row[block])
+        in_file = None if first == UNKNOWN_ROWS else first + row
+        return RowId(source.name, self.files[file].url, row, block - int(self.first_block[file]), in_file)
+
+    def place(self, block: int, row: int, decoded: Block) -> str:
+        """The same for the row of an error, with its line in the file where the format has lines."""
+        row_id = self.row_id(block, row)
+        line = decoded.line(row)
+        return str(row_id) if line is None else f"{row_id.source}: {row_id.file}, line {line}"
+
+    def scan_of(self, file: int) -> Scan:
+        """What scanning a file found; its columns are not kept."""
+        first, last = np.searchsorted(self.block_file, [file, file + 1])
+        return Scan(self.block_start[first:last], self.block_bytes[first:last], self.block_rows[first:last], None)
 
     def select(self, source: int) -> Index:
         """The part of one source."""
@@ -149,6 +150,16 @@ class Index:
             self.block_skip[blocks],
             self.block_take[blocks],
         )
+
+    def with_options(self, sources: Sequence[Source]) -> Index:
+        """The same files, read with the storage options that the sources have now."""
+        options = [storage.options_text(source.storage_options) for source in sources]
+        if options == [info.options for info in self.sources]:
+            return self
+        infos = tuple(info._replace(options=now) for info, now in zip(self.sources, options, strict=True))
+        numbers = self.file_source.tolist()
+        files = tuple(replace(file, options=options[one]) for file, one in zip(self.files, numbers, strict=True))
+        return replace(self, sources=infos, files=files)
 
     def save(self, folder: str, prefix: str) -> None:
         """Write FOLDER/PREFIX.files.parquet and FOLDER/PREFIX.blocks.parquet."""
@@ -176,15 +187,22 @@ class Index:
         """Read what `save` wrote."""
         files = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.files.parquet")))
         blocks = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.blocks.parquet")))
-        sources = json.loads(files.schema.metadata[b"ftlaunch.sources"])
+        sources = [SourceInfo(**source) for source in json.loads(files.schema.metadata[b"ftlaunch.sources"])]
         entries = files.to_pydict()
+        options = [sources[number].options for number in entries["source"]]
         return cls(
-            tuple(SourceInfo(**source) for source in sources),
-            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"])),
+            tuple(sources),
+            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"], options)),
             tuple(entries["kind"]),
             np.array(entries["source"], np.int64),
             *(blocks.column(name).to_numpy() for name in BLOCK_COLUMNS),
         )
+
+
+def _before(values: Int64s) -> Int64s:
+    """Sum of what stands in front of each."""
+    sums = np.cumsum(values)
+    return sums - values
 
 
 def _to_parquet(table: Any) -> bytes:
@@ -199,144 +217,3 @@ def _from_parquet(data: bytes) -> Any:
     import pyarrow.parquet as pq
 
     return pq.read_table(io.BytesIO(data))
-
-
-def _in_parallel(call: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="index") as pool:
-        return list(pool.map(call, items))
-
-
-def build_index(sources: Sequence[Source], names: Sequence[str], *, block_bytes: int = jsonl.BLOCK_BYTES) -> Index:
-    """Find the sources' files and cut them into blocks. `names`: what the sources are called in reports.
-
-    Raises UserError: nothing found, an unknown kind of file, an empty file, a missing column, no rows at all.
-    """
-    formats = {**FORMATS, "jsonl": FORMATS["jsonl"]._replace(scan=partial(jsonl.scan_plain, block_bytes=block_bytes))}
-    found = [_source_files(source) for source in sources]
-    files = [file for group in found for file in group]
-    kinds = [_kind(file) for file in files]
-    scans = _in_parallel(lambda pair: _scan(formats, *pair), list(zip(files, kinds, strict=True)))
-    file_source = np.repeat(np.arange(len(sources)), [len(group) for group in found])
-    infos = []
-    for number, (source, name) in enumerate(zip(sources, names, strict=True)):
-        mine = np.flatnonzero(file_source == number)
-        infos.append(_source_info(source, name, [(files[i], kinds[i], scans[i]) for i in mine]))
-    every = Index(
-        tuple(infos),
-        tuple(files),
-        tuple(kinds),
-        file_source,
-        np.repeat(np.arange(len(files)), [len(scan.starts) for scan in scans]),
-        np.concatenate([scan.starts for scan in scans]),
-        np.concatenate([scan.nbytes for scan in scans]),
-        np.concatenate([scan.rows for scan in scans]),
-        np.zeros(sum(len(scan.starts) for scan in scans), np.int64),
-        np.full(sum(len(scan.starts) for scan in scans), ALL_ROWS),
-    )
-    return _select_rows(every, sources)
-
-
-def _select_rows(index: Index, sources: Sequence[Source]) -> Index:
-    """Settle which rows are used where a source says `skip` or `take`. Raises UserError when none is left."""
-    rows, skip, take = index.block_rows.copy(), index.block_skip.copy(), index.block_take.copy()
-    for number, source in enumerate(sources):
-        if source.skip or source.take is not None:
-            blocks = np.flatnonzero(index.block_source == number)
-            count = partial(_count_rows, index, blocks)
-            wanted = rows_wanted(rows[blocks], count, source.skip, source.take)
-            rows[blocks], skip[blocks], take[blocks] = wanted
-            if not np.where(wanted.take == ALL_ROWS, wanted.rows, wanted.take).any():
-                name, there = index.sources[number].name, int(wanted.rows.sum())
-                raise UserError(f"source {name}: skip {source.skip} leaves nothing of its {there} rows")
-    return replace(index, block_rows=rows, block_skip=skip, block_take=take)
-
-
-def _count_rows(index: Index, blocks: Int64s, places: Sequence[int]) -> list[int]:
-    return _in_parallel(lambda place: index.read_block(int(blocks[place])).num_rows, places)
-
-
-def _scan(formats: dict[str, FileFormat], file: FileInfo, kind: str) -> Scan:
-    if file.size == 0:
-        raise UserError(f"{file.url}: the file is empty (0 bytes). Remove it, or write it again.")
-    return formats[kind].scan(file)
-
-
-def _source_files(source: Source) -> list[FileInfo]:
-    paths = (source.path,) if isinstance(source.path, str) else source.path
-    return [file for path in paths for file in _path_files(path)]
-
-
-def _path_files(path: str) -> list[FileInfo]:
-    files = storage.list_files(path, tuple(SUFFIXES))
-    if files:
-        return files
-    raise UserError(f"{path}: no data files found. {_near(path)} Data files end in {', '.join(SUFFIXES)}.")
-
-
-def _near(path: str) -> str:
-    """What there is on the way to a path, in words."""
-    scheme, separator, place = path.rpartition("://")
-    place = place.rstrip("/")
-    while place and not storage.is_folder(scheme + separator + place):
-        place = posixpath.dirname(place)
-    if separator and not place:
-        return "No part of that path exists, the bucket neither."
-    folder = scheme + separator + (place or ".")
-    names = storage.list_names(folder)
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"Nearest folder: {folder}, which holds {listed or 'nothing'}."
-
-
-def _kind(file: FileInfo) -> str:
-    kind = kind_of(file.url)
-    if kind is None:
-        raise UserError(f"{file.url}: not a known kind of data file. Known: {', '.join(SUFFIXES)}.")
-    return kind
-
-
-def _source_info(source: Source, name: str, scanned: Sequence[tuple[FileInfo, str, Scan]]) -> SourceInfo:
-    """Settle a source's row format and check every file that shows its columns."""
-    if all((scan.rows == 0).all() for _, _, scan in scanned):
-        raise UserError(f"source {name}: its {len(scanned)} files hold no rows at all ({scanned[0][0].url} ...)")
-    first, kind, _ = scanned[0]
-    known = [(file, scan.columns) for file, _, scan in scanned if scan.columns is not None]
-    row_format = source.format
-    if row_format is None:
-        where, columns = known[0] if known else (first, _columns_by_reading(first, kind))
-        row_format = detect_format(columns, source.columns, f"source {name} ({where.url})")
-    for file, columns in known:
-        require_columns(columns, row_format, source.columns, file.url)
-    return SourceInfo(name, row_format, dict(source.columns))
-
-
-def _columns_by_reading(file: FileInfo, kind: str) -> list[str]:
-    block = FORMATS[kind].read(BlockAddress(file, 0, 0, file.size, None))
-    if block.num_rows == 0:
-        raise UserError(f"{file.url}: no rows, so its format cannot be told. Say it with `format:`.")
-    return list(block.row(0))
-
-
-def verify(index: Index) -> None:
-    """Compare every file with what it was when the index was built. Raises UserError that names those that changed
-    or vanished."""
-
-    def problem(file: FileInfo) -> str | None:
-        try:
-            now = storage.info(file.url)
-        except UserError as error:
-            return str(error)
-        if (now.size, now.etag) == (file.size, file.etag):
-            return None
-        return (
-            f"{file.url}: changed since the run began (was {file.size} bytes, {file.etag}; is {now.size}, {now.etag})"
-        )
-
-    problems = [text for text in _in_parallel(problem, index.files) if text]
-    if problems:
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(
-            "the data is no longer what this run was started on:\n"
-            + "\n".join(problems[:10])
-            + more
-            + "\nBring the files back, or start again on the new ones with --fresh."
-        )

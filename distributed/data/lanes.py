@@ -64,10 +64,14 @@ class RowReader:
             if column not in values:
                 name = source.columns.get(column, column)
                 raise UserError(
-                    f"{self.index.row_id(block, row)}: no value for '{name}', which format {source.format} needs. "
+                    f"{self.index.place(block, row, decoded)}: no value for '{name}', which format {source.format} needs. "
                     f"Columns there: {', '.join(raw)}."
                 )
         return values
+
+    def place(self, drawn: Drawn) -> str:
+        """A row's name in an error, with its line where the file has lines."""
+        return self.index.place(drawn.block, drawn.row, self.cache.get(drawn.block))
 
     def read(self, block: int, row: int) -> Drawn:
         """One row by its address."""

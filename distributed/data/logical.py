@@ -151,7 +151,7 @@ class LogicalStream:
         try:
             encoded = self._encode(drawn.values, source.format)
         except ValueError as error:
-            raise UserError(f"{row_id}: {error}") from error
+            raise UserError(f"{self._rows.place(drawn)}: {error}") from error
         if isinstance(encoded, Rejected):
             return encoded
         sample = replace(encoded, row=row_id)

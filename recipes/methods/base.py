@@ -36,9 +36,12 @@ class RowId(NamedTuple):
     """Zero-based number within its block."""
     block: int
     """Zero-based number of the block (row group, byte range) within its file."""
+    file_row: int | None = None
+    """Zero-based number within its file, where that is known without reading what stands before."""
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.file}, block {self.block}, row {self.row}"
+        row = f"block {self.block}, row {self.row}" if self.file_row is None else f"row {self.file_row}"
+        return f"{self.source}: {self.file}, {row}"
 
 
 @dataclass(frozen=True)

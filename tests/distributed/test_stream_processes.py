@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ftlaunch.distributed.data.index import build_index
+from ftlaunch.distributed.data.build import build_index
 from ftlaunch.recipes.schema import Data, Model, Recipe, Train, TrainSource
 
 RANK = Path(__file__).with_name("stream_rank.py")

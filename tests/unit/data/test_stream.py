@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ftlaunch.distributed.data import order
 from ftlaunch.distributed.data.evaluation import EvalBatches
 from ftlaunch.distributed.data.held_out import held_out
-from ftlaunch.distributed.data.index import build_index
+from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.share import share_of
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.errors import UserError

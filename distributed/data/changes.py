@@ -1,0 +1,50 @@
+"""What became of the files of an index since it was built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...recipes.schema import Source
+from ..storage import FileInfo
+from .build import in_parallel
+from .index import Index
+from .sources import list_now
+
+NAMED = 10
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Files by URL that are no longer what they were, that are gone, and that are new."""
+
+    changed: tuple[str, ...]
+    vanished: tuple[str, ...]
+    added: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.vanished or self.added)
+
+    def __str__(self) -> str:
+        return "\n".join([*self.changed, *self.vanished, *self.added][:NAMED] + self._more())
+
+    def _more(self) -> list[str]:
+        count = len(self.changed) + len(self.vanished) + len(self.added)
+        return [f"... and {count - NAMED} more"] if count > NAMED else []
+
+
+def find_changes(index: Index, sources: Sequence[Source]) -> Changes:
+    """List the sources' files again and compare."""
+    now = {file.url: file for group in in_parallel(list_now, sources) for file in group}
+    before = {file.url: file for file in index.files}
+    changed = [_said(before[url], now[url]) for url in before.keys() & now.keys() if before[url] != now[url]]
+    return Changes(
+        tuple(sorted(changed)),
+        tuple(f"{url}: not found any more" for url in sorted(before.keys() - now.keys())),
+        tuple(f"{url}: new since the run began" for url in sorted(now.keys() - before.keys())),
+    )
+
+
+def _said(was: FileInfo, now: FileInfo) -> str:
+    how = "grew" if now.size > was.size else "shrank" if now.size < was.size else "changed"
+    return f"{was.url}: {how} since the run began (was {was.size} bytes, {was.etag}; is {now.size}, {now.etag})"

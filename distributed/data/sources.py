@@ -1,0 +1,109 @@
+"""A source's files: what a path of the recipe means, and what is near it when it means nothing."""
+
+from __future__ import annotations
+
+import difflib
+import posixpath
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...recipes.errors import KeyedError
+from ...recipes.formats import standard_columns
+from ...recipes.schema import RowFormat, Source
+from .. import storage
+from ..storage import NO_OPTIONS, FileInfo
+from .formats import SUFFIXES, kind_of, of_first_tier
+
+MANY_NAMES = 8
+
+
+class SourceInfo(NamedTuple):
+    """A source as the stream needs it: its rows' format, and standard -> file column names."""
+
+    name: str
+    format: RowFormat
+    columns: dict[str, str]
+    options: str = NO_OPTIONS
+    """Storage options that its files are read with."""
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """The file's columns that are read."""
+        return tuple(self.columns.get(column, column) for column in standard_columns(self.format))
+
+    def standard_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row's needed columns, as far as they are there, under their standard names."""
+        named = zip(standard_columns(self.format), self.file_columns, strict=True)
+        return {standard: row[column] for standard, column in named if column in row}
+
+
+def find_files(source: Source, key: str) -> list[FileInfo]:
+    """The files that a source's path means, in order. `key`: the source's place in the recipe, for errors.
+
+    Raises UserError: nothing there, a file of no known kind, a file that is meant twice."""
+    options = storage.options_text(source.storage_options)
+    files = []
+    for path in paths_of(source):
+        there = _path_files(path, options)
+        if not there:
+            raise KeyedError(f"{path}: no data files found. {_near(path, options)}", f"{key}.path")
+        files += there
+    for file in files:
+        if kind_of(file.url) is None:
+            known = ", ".join(SUFFIXES)
+            raise KeyedError(f"{file.url}: not a known kind of data file. Known: {known}.", f"{key}.path")
+    _must_differ(files, key)
+    return files
+
+
+def list_now(source: Source) -> list[FileInfo]:
+    """What `find_files` would find; fewer files, or none, where some are gone."""
+    options = storage.options_text(source.storage_options)
+    return [file for path in paths_of(source) for file in _path_files(path, options)]
+
+
+def paths_of(source: Source) -> tuple[str, ...]:
+    """A source's paths, as a tuple."""
+    return (source.path,) if isinstance(source.path, str) else source.path
+
+
+def _path_files(path: str, options: str) -> list[FileInfo]:
+    listed = storage.list_files(path, tuple(SUFFIXES), options=options)
+    is_pattern = any(character in path for character in "*?[")
+    return listed if is_pattern or len(listed) == 1 else of_first_tier(listed)
+
+
+def _must_differ(files: Sequence[FileInfo], key: str) -> None:
+    """A row that comes twice must be meant to."""
+    twice = [url for url, count in Counter(file.url for file in files).items() if count > 1]
+    if twice:
+        raise KeyedError(
+            f"{twice[0]} is meant by two of the paths, so its rows would be read twice. Name every file once; to serve "
+            "a source more than once an epoch, see weight and num_epochs.",
+            f"{key}.path",
+        )
+
+
+def _near(path: str, options: str) -> str:
+    """What there is on the way to a path, in words."""
+    scheme, separator, place = path.rpartition("://")
+    place = place.rstrip("/")
+    missed = ""
+    while place and not storage.is_folder(scheme + separator + place, options=options):
+        place, missed = posixpath.split(place)
+    if separator and not place:
+        return "No part of that path exists, the bucket neither."
+    folder = scheme + separator + (place or ".")
+    names = storage.list_names(folder, options=options)
+    return f"{_meant(missed, names)}Nearest folder: {folder}, which holds {_listed(names)}."
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    return f"Did you mean {close[0]}? " if close else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MANY_NAMES} more" if len(names) > MANY_NAMES else ""
+    return ", ".join(names[:MANY_NAMES]) + more or f"nothing; data files end in {', '.join(SUFFIXES)}"
