@@ -9,6 +9,9 @@ from ..recipes.schema import LocalCluster
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import configure, quiet
 
+PIPED_AGENTS = {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
+"""Ray's agents are given a pipe that ends with the raylet: see `ray_node_compat.py`."""
+
 
 @functools.cache
 def _token() -> str:
@@ -23,7 +26,7 @@ class Local:
         self._config, self._demand = config, demand
         # Now, not in `up`: Ray reads them when it is imported, which another thread may do before `up` comes to it.
         # A token of its own: other users of this machine can reach loopback ports.
-        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()})
+        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), **PIPED_AGENTS})
         quiet()
 
     def problems(self) -> list[str]:
@@ -38,6 +41,9 @@ class Local:
     def up(self, _code: CodeFolder) -> Endpoint:
         import ray
 
+        from .ray_node_compat import start_only_what_runs_work
+
+        start_only_what_runs_work()
         demand = self._demand
         context = ray.init(
             address="local",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -105,15 +103,8 @@ class RendezvousBackend(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        warming_up = worker_group.execute_async(_warm_up)
         address = worker_group.execute_single(0, _free_address)
         worker_group.execute(_prepare_network, address)
-        ray.get(warming_up)
-
-
-def _warm_up() -> None:
-    """Begin with the slow imports while Ray Train is still setting up."""
-    threading.Thread(target=import_module, args=("ftlaunch.distributed.entry",), daemon=True).start()
 
 
 def _free_address() -> str:
