@@ -1,161 +1,170 @@
-"""`ftlaunch check`: what the model would learn from the head of the data, row by row."""
+"""`ftlaunch check`: what the model would learn from the data, and what is wrong with it. Imports no torch."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from ..distributed import storage
 from ..distributed.data.build import build_index
+from ..distributed.data.held_out import held_out
 from ..distributed.data.template import TextEncoder
-from ..recipes.errors import UserError
+from ..distributed.run_directory import CHECK_REPORT
+from ..recipes.errors import FtlaunchError, UserError
 from ..recipes.load import LoadedRecipe
-from ..recipes.methods.base import Rejected, Sample
+from ..recipes.methods.base import Row
 from ..recipes.methods.table import build_method
-from ..recipes.redact import redact
-from .plan_data import named_sources
-from .sampling import Looked, look_at_rows, make_encoder
+from ..recipes.redact import redact, redact_values
+from ..recipes.schema import EvalSplit, Recipe, Source
+from .check_advice import Overview, advise
+from .check_copies import Copies, Side, fingerprint
+from .check_fill import estimate_fill
+from .check_findings import Finding, about, by_severity
+from .check_page import render_page
+from .check_progress import Progress
+from .check_result import Result
+from .check_rows import Vocabulary, row_notes
+from .check_tally import Tally
+from .check_view import as_json, result_lines
+from .plan_data import SourcePlan, describe, named_sources
+from .plan_duration import plan_duration
+from .sampling import Eye, Looked, look_at, make_encoder
 from .unknown import Unknown
 
-NAMED_ROWS = 3
-"""Rows that are named of each kind of trouble; all are counted."""
-
-SHOWN_TOKENS = 400
-REMEDIES = {
-    "overlong": "longer than data.sequence_length; raise it, or see data.overlong",
-    "no_targets_after_truncation": "every supervised token was cut off; raise data.sequence_length",
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    code: ord("␡") for code in range(127, 160)
 }
-"""What to do about rows that are lost to the layout, not to the rows themselves."""
-
-SUPERVISED, CONTEXT = "bold green", "dim"
+"""Control characters as their pictures: what stands in data shall not drive a terminal."""
 
 
-@dataclass
-class Tally:
-    """What became of the rows of a source; `rejected` and `named` are by reason, `lengths` in tokens per sequence."""
+@dataclass(frozen=True)
+class Options:
+    """`rows`: to look at in each source, None: all. `samples`: to show of each. `report`: where the page goes, None:
+    into the run directory."""
 
-    rows: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    named: dict[str, list[str]] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-    truncated: int = 0
-    split: int = 0
-    lengths: list[int] = field(default_factory=list)
-    supervised: int = 0
-    shown: list[Sample] = field(default_factory=list)
-
-    def add(self, looked: Looked, samples: int) -> None:
-        """Count one row, and keep it if it is among the first `samples` good ones."""
-        self.rows += 1
-        if isinstance(looked.fitted, str):
-            self.broken.append(looked.fitted if str(looked.row) in looked.fitted else f"{looked.row}: {looked.fitted}")
-        elif isinstance(looked.fitted, Rejected):
-            self.rejected[looked.fitted.reason] += 1
-            rows = self.named.setdefault(looked.fitted.reason, [])
-            rows += [str(looked.row)] if len(rows) < NAMED_ROWS else []
-        else:
-            self._add_pieces(looked.sample, looked.fitted, samples)
-
-    def _add_pieces(self, sample: Sample | None, pieces: Sequence[Sample], samples: int) -> None:
-        assert sample is not None
-        self.split += len(pieces) > 1
-        self.truncated += len(pieces) == 1 and len(pieces[0]) < len(sample)
-        self.lengths += map(len, pieces)
-        self.supervised += sum(piece.num_targets for piece in pieces)
-        self.shown += pieces[: max(0, samples - len(self.shown))]
+    rows: int | None
+    samples: int
+    seed: int
+    strict: bool
+    report: str | None
+    as_json: bool
 
 
-def check_data(loaded: LoadedRecipe, *, rows: int, samples: int) -> int:
-    """Print what the head of each source gives. Exit code 1 when a row is broken, or a source teaches nothing."""
-    recipe, console = loaded.recipe, Console()
-    encoder = make_encoder(recipe, ask_hub=True)
+def check_data(loaded: LoadedRecipe, options: Options) -> int:
+    """Look, and show what was found. Exit code 1 when there is an error, and with `strict` a warning."""
+    encoder = make_encoder(loaded.recipe, ask_hub=True)
     if isinstance(encoder, Unknown):
         raise UserError(encoder.reason)
-    method = build_method(recipe.method)
-    good = True
-    for split, name, source in named_sources(recipe):
+    progress = Progress(sys.stderr, drawn_over=sys.stderr.isatty())
+    try:
+        result = Checker(loaded.recipe, encoder, options, progress).check()
+    finally:
+        progress.done()
+    place = _write_page(loaded, result, encoder, options)
+    _show(loaded, result, encoder, place, options)
+    refused = ("error", "warning") if options.strict else ("error",)
+    return int(any(finding.severity in refused for finding in result.findings))
+
+
+class Checker:
+    """One check: all sources of a recipe, looked at one after the other."""
+
+    def __init__(self, recipe: Recipe, encoder: TextEncoder, options: Options, progress: Progress) -> None:
+        self._recipe, self._encoder, self._options, self._progress = recipe, encoder, options, progress
+        self._method = build_method(recipe.method)
+        self._vocabulary = Vocabulary.of(encoder)
+        self._copies = Copies()
+        self._fraction = recipe.data.eval.fraction if isinstance(recipe.data.eval, EvalSplit) else 0.0
+
+    def check(self) -> Result:
+        """Look at every source; one that cannot be used is a finding, not the end."""
+        tallies: list[Tally] = []
+        findings: list[Finding] = []
+        plans: list[SourcePlan | Unknown] = []
+        named = named_sources(self._recipe)
+        for number, (split, name, source) in enumerate(named):
+            side: Side = "train" if split == "train" else "eval"
+            try:
+                tally = self._source(side, name, source, (number, len(named)))
+            except UserError as error:
+                findings.append(about("unreadable-source", name, str(error)))
+                plans += [Unknown(f"source {name} cannot be used")] if side == "train" else []
+                continue
+            tallies.append(tally)
+            findings += tally.findings()
+            plans += [tally.plan] if side == "train" else []
+        return self._result(tallies, findings, plans)
+
+    def _result(
+        self, tallies: Sequence[Tally], findings: list[Finding], plans: Sequence[SourcePlan | Unknown]
+    ) -> Result:
+        training = {tally.name: tally for tally in tallies if tally.side == "train"}
+        duration = plan_duration(self._recipe, plans, {name: tally.stats() for name, tally in training.items()})
+        fitted = [length for tally in training.values() for length in tally.fitted]
+        fill = estimate_fill(fitted, self._recipe, self._options.seed) if fitted else None
+        findings += advise(Overview(self._recipe, tallies, duration, fill))
+        return Result(self._recipe, self._options.seed, tallies, duration, fill, by_severity(findings))
+
+    def _source(self, side: Side, name: str, source: Source, place: tuple[int, int]) -> Tally:
         index = build_index([source], [name])
-        tally = count(look_at_rows(index, recipe, method, encoder, rows), samples)
-        lines = [Text(f"\n{name} ({split}, {index.sources[0].format})", style="bold"), *tally_lines(tally)]
-        lines += sample_lines(tally.shown, encoder, colours=console.is_terminal)
-        for line in lines:
-            console.print(_redacted(line, loaded.secrets), soft_wrap=True, highlight=False)
-        good = good and not tally.broken and bool(tally.lengths)
-    return 0 if good else 1
+        tally = Tally(name, side, describe(side, name, source, index), index.num_rows(0))
+        eye = Eye(index, self._recipe, self._method, self._encoder)
+        number, sources = place
+        for glimpse in look_at(eye, self._options.rows, self._options.seed):
+            tally.add(glimpse, self._vocabulary, self._options.samples)
+            self._note(side, glimpse.looked, tally)
+            self._progress.update(name, tally.rows, (number + glimpse.share) / sources)
+        eye.blocks.close()
+        limit = self._options.rows
+        tally.complete = limit is None or tally.rows < limit or tally.rows == tally.known_rows
+        return tally
+
+    def _note(self, side: Side, looked: Looked, tally: Tally) -> None:
+        """Everything there is to say about a row."""
+        for note in row_notes(looked, self._vocabulary, self._recipe.data.sequence_length):
+            tally.notes.add(looked.row, note)
+        if looked.values is not None:
+            row_side = self._side(side, looked.values, tally)
+            for note in self._copies.add(looked.row, row_side, fingerprint(looked.values, looked.sample)):
+                tally.notes.add(looked.row, note)
+
+    def _side(self, side: Side, values: Row, tally: Tally) -> Side:
+        """The side of the held-out line that a row is on."""
+        if self._fraction and held_out(values, self._fraction):
+            tally.held_out += 1
+            return "eval"
+        return side
 
 
-def count(rows: Iterable[Looked], samples: int) -> Tally:
-    """The tally of these rows."""
-    tally = Tally()
-    for looked in rows:
-        tally.add(looked, samples)
-    return tally
+def _write_page(loaded: LoadedRecipe, result: Result, encoder: TextEncoder, options: Options) -> str:
+    """Write the page, and say where it is. The run directory may be out of reach from here, which is no failure."""
+    recipe = loaded.recipe
+    place = options.report or storage.join(recipe.checkpoint.path, recipe.name, CHECK_REPORT)
+    page = render_page(result, encoder, loaded.secrets)
+    try:
+        storage.write_bytes(place, page.encode("utf-8", "replace"))
+    except FtlaunchError as error:
+        if options.report:
+            raise
+        return f"not written: {error}"
+    return place
 
 
-def tally_lines(tally: Tally) -> Iterator[Text]:
-    """A source's figures."""
-    yield Text(f"  {tally.rows} rows read, {len(tally.lengths)} samples")
-    if tally.lengths:
-        tokens = sum(tally.lengths)
-        middle, longest = round(statistics.median(tally.lengths)), max(tally.lengths)
-        yield Text(
-            f"  tokens in a sample: {min(tally.lengths)} to {longest}, median {middle}; "
-            f"{tally.supervised / tokens:.1%} of {tokens} tokens supervised"
-        )
-    for number, what in ((tally.truncated, "truncated"), (tally.split, "split over several sequences")):
-        if number:
-            yield Text(f"  {number} rows {what}", style="yellow")
-    for reason, number in tally.rejected.most_common():
-        remedy = f"; {REMEDIES[reason]}" if reason in REMEDIES else ""
-        yield Text(f"  {number} rows rejected ({number / tally.rows:.0%}): {reason}{remedy}", style="yellow")
-        yield from (Text(f"    {row}") for row in tally.named[reason])
-    if tally.broken:
-        yield Text(f"  {len(tally.broken)} rows broken", style="bold red")
-        yield from (Text(f"    {message}") for message in tally.broken[:NAMED_ROWS])
-    if not tally.lengths:
-        yield Text("  nothing to learn from here", style="bold red")
-
-
-def sample_lines(samples: Sequence[Sample], encoder: TextEncoder, *, colours: bool) -> Iterator[Text]:
-    """The samples as the model sees them, with what it learns to write standing out."""
-    if samples:
-        legend = Text("this is supervised", style=SUPERVISED) if colours else Text("⟦this is supervised⟧")
-        yield Text("\n  samples: ").append_text(legend)
-    for sample in samples:
-        yield Text(f"  {sample.row} ({len(sample)} tokens)", style="underline" if colours else "")
-        yield render_sample(sample, encoder, colours=colours)
-
-
-def render_sample(sample: Sample, encoder: TextEncoder, *, colours: bool) -> Text:
-    """One sample as text; supervised tokens are coloured, or between ⟦ and ⟧."""
-    shown = Text()
-    for text, supervised in spans(sample, encoder):
-        if colours:
-            shown.append(text, style=SUPERVISED if supervised else CONTEXT)
-        else:
-            shown.append(f"⟦{text}⟧" if supervised else text)
-    more = len(sample) - SHOWN_TOKENS
-    return shown.append(f" … {more} more tokens") if more > 0 else shown
-
-
-def spans(sample: Sample, encoder: TextEncoder) -> Iterator[tuple[str, bool]]:
-    """(text, supervised) of consecutive tokens. Texts are cut out of the whole, because tokenizers treat the
-    beginning of a text in their own way."""
-    ids = sample.input_ids[:SHOWN_TOKENS].tolist()
-    supervised = sample.supervised[:SHOWN_TOKENS].copy()
-    supervised[:1] = False  # nothing comes before it to predict it from
-    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
-    before = ""
-    for start, stop in itertools.pairwise(cuts):
-        text = encoder.decode(ids[:stop])
-        yield text[len(before) :], bool(supervised[start])
-        before = text
+def _show(loaded: LoadedRecipe, result: Result, encoder: TextEncoder, place: str, options: Options) -> None:
+    if options.as_json:
+        found = redact_values({**as_json(result), "report": place}, loaded.secrets)
+        print(json.dumps(found, indent=2, ensure_ascii=True))
+        return
+    console = Console()
+    for line in result_lines(result, encoder, colours=console.is_terminal):
+        line.plain = line.plain.translate(VISIBLE)
+        console.print(_redacted(line, loaded.secrets), soft_wrap=True, highlight=False)
+    console.print(Text(f"report: {redact(place, loaded.secrets)}"), soft_wrap=True, highlight=False)
 
 
 def _redacted(line: Text, secrets: Sequence[str]) -> Text:

@@ -8,11 +8,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from ..recipes.errors import FtlaunchError
+from ..recipes.errors import FtlaunchError, UserError
 from .arguments import arrange
 
 if TYPE_CHECKING:
@@ -130,21 +130,36 @@ def check(
     /,
     *overrides: Overrides,
     place: Place = Place(),
-    rows: int = 200,
+    rows: int | Literal["all"] = 1000,
     samples: int = 3,
+    seed: int = 0,
+    strict: bool = False,
+    report: str | None = None,
+    json: bool = False,
 ) -> int:
-    """Read the head of the data and show what the model would learn from it.
+    """Look at the data: what the model would learn from it, and what is wrong with it.
 
     Parameters
     ----------
     rows
-        Rows to read from each source.
+        Rows of each source to look at, spread over its files; `all`: every one.
     samples
         Rendered samples to show for each source.
+    seed
+        Which rows are looked at.
+    strict
+        Fail (exit 1) on warnings too, not only on errors.
+    report
+        File or URL for the HTML report; by default check.html in the run directory.
+    json
+        Print JSON.
     """
-    from .check import check_data
+    from .check import Options, check_data
 
-    return check_data(_load(recipe, overrides, place), rows=rows, samples=samples)
+    if rows != "all" and rows < 1:
+        raise UserError(f"--rows {rows}: at least 1, or all")
+    options = Options(None if rows == "all" else rows, max(0, samples), seed, strict, report, json)
+    return check_data(_load(recipe, overrides, place), options)
 
 
 @app.command

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from . import units
 from .charts import Series, line_chart
+from .page import render_template
 from .record import Counts, Record, before_and_after, series
 
 MAIN_PACKAGES = ("ftlaunch", "torch", "transformers", "peft", "ray", "tokenizers", "numpy")
@@ -24,28 +24,23 @@ class Tile:
 
 def render_report(record: Record, *, name: str, state: str, recipe_text: str) -> str:
     """The page for a run. `recipe_text` is shown as it is: secrets must be gone from it already."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
-    template = files("ftlaunch.launcher").joinpath("report.html.j2").read_text(encoding="utf-8")
-    # The charts escape their own texts; everything else is escaped here.
+    # The charts escape their own texts; everything else is escaped by the template.
     charts = [(title, Markup(svg)) for title, svg in _charts(record) if svg]  # noqa: S704
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            name=name,
-            state=state,
-            tiles=_tiles(record),
-            charts=charts,
-            comparison=_comparison(record),
-            sources=_sources(record),
-            rejections=_rejections(record),
-            environment=list(flatten(_environment(record.environment))),
-            packages=list(flatten(record.environment.get("packages", {}))),
-            events=[_event(event) for event in record.events],
-            recipe_text=recipe_text,
-        )
+    return render_template(
+        "report.html.j2",
+        name=name,
+        state=state,
+        tiles=_tiles(record),
+        charts=charts,
+        comparison=_comparison(record),
+        sources=_sources(record),
+        rejections=_rejections(record),
+        environment=list(flatten(_environment(record.environment))),
+        packages=list(flatten(record.environment.get("packages", {}))),
+        events=[_event(event) for event in record.events],
+        recipe_text=recipe_text,
     )
 
 

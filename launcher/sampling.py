@@ -1,19 +1,27 @@
-"""Rows read, encoded and fitted as training would do it, outside of training: for `check` and `plan --sample`."""
+"""Rows read, encoded and fitted as training would do it, outside of training: for `check` and `plan --sample`. They are
+spread over all files by a seed, or are all of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from ..distributed import storage
+from ..distributed.data.block import Block
+from ..distributed.data.cache import BlockCache
 from ..distributed.data.index import Index
+from ..distributed.data.lanes import RowReader
 from ..distributed.data.logical import SPLITTABLE
 from ..distributed.data.pack import fit
 from ..distributed.data.template import TextEncoder, load_tokenizer
 from ..recipes.errors import UserError
-from ..recipes.methods.base import Method, Rejected, RowId, Sample
+from ..recipes.methods.base import Method, Rejected, Row, RowId, Sample
 from ..recipes.methods.table import build_method
 from ..recipes.schema import Recipe
 from .plan_duration import SampleStats
@@ -24,45 +32,159 @@ SAMPLE_ROWS = 1_000
 """Rows of a source that an estimate is made from: the mean length is then within a few percent."""
 
 
+POINTS = 48
+"""Places at which a source is looked into; each costs a read of a whole block."""
+
+AHEAD = 4
+"""Blocks that are read while another is looked at."""
+
+
+class Fault(NamedTuple):
+    """Why a row cannot be used at all: a code of `check_findings`, and the message."""
+
+    code: str
+    message: str
+
+
 @dataclass(frozen=True)
 class Looked:
-    """One row and what became of it: `sample` is the whole row encoded (None: rejected while encoding), `fitted` its
-    pieces for sequences, the rejection, or the message of what is broken about it."""
+    """One row and what became of it. `values`: the row under its standard names (None: unreadable); `sample`: the whole
+    row encoded (None: not got that far); `fitted`: its pieces for sequences, the rejection, or the fault."""
 
     row: RowId
+    values: Row | None
     sample: Sample | None
-    fitted: list[Sample] | Rejected | str
+    fitted: list[Sample] | Rejected | Fault
 
 
-def look_at_rows(index: Index, recipe: Recipe, method: Method, encoder: TextEncoder, limit: int) -> Iterator[Looked]:
-    """The first `limit` rows of a source with one index, in file order. A broken row is yielded as such; what makes a
-    whole block unreadable is raised as UserError."""
-    left = limit
-    for block_number in range(index.num_blocks):
-        block = index.read_block(block_number)
-        for number in range(min(block.num_rows, left)):
-            yield _look(index, block_number, number, block, recipe, method, encoder)
-        left -= block.num_rows
-        if left <= 0:
-            return
+class Eye:
+    """Looks at rows of a source as training would: read, encoded, fitted into sequences. Whatever is wrong with a row
+    is its own affair, so that the others can be looked at too."""
+
+    def __init__(self, index: Index, recipe: Recipe, method: Method, encoder: TextEncoder) -> None:
+        self.index = index
+        self.blocks = BlockCache(index.read_block)
+        self._rows = RowReader(index, self.blocks)
+        self._data, self._method, self._encoder = recipe.data, method, encoder
+
+    def look(self, block: int, row: int, decoded: Block) -> Looked:
+        """One row of a decoded block."""
+        row_id = self.index.row_id(block, row)
+        try:
+            values = self._rows.values(decoded, block, row)
+        except UserError as error:
+            return Looked(row_id, None, None, Fault("unreadable-row", str(error)))
+        row_format = self.index.sources[0].format
+        try:
+            encoded = self._method.encode(values, row_format, self._encoder)
+        except (UserError, ValueError) as error:
+            return Looked(row_id, values, None, Fault("malformed-row", str(error)))
+        except Exception as error:  # training would end in a traceback here; name the row instead
+            return Looked(row_id, values, None, Fault("malformed-row", f"{type(error).__name__}: {error}"))
+        if isinstance(encoded, Rejected):
+            return Looked(row_id, values, None, encoded)
+        sample = replace(encoded, row=row_id)
+        try:
+            fitted = fit(sample, self._data.sequence_length, self._data.overlong, row_format in SPLITTABLE)
+        except UserError as error:  # data.overlong: error
+            return Looked(row_id, values, sample, Fault("overlong-refused", str(error)))
+        return Looked(row_id, values, sample, fitted)
 
 
-def _look(
-    index: Index, block_number: int, number: int, block: Any, recipe: Recipe, method: Method, encoder: TextEncoder
-) -> Looked:
-    source, row_id = index.sources[0], index.row_id(block_number, number)
+class Glimpse(NamedTuple):
+    """A row that was looked at, the bytes it takes in its file (its block's, shared evenly), and the share of the work
+    that is done."""
+
+    looked: Looked
+    num_bytes: float
+    share: float
+
+
+class Chosen(NamedTuple):
+    """Rows chosen from a block, ascending, or why it cannot be read. `share`: of the work, done after them."""
+
+    number: int
+    block: Block | Fault
+    rows: list[int]
+    share: float
+
+
+def look_at(eye: Eye, limit: int | None, seed: int) -> Iterator[Glimpse]:
+    """Up to `limit` rows, None: all. A block that cannot be read is one row, with a Fault."""
+    for chosen in choose(eye, limit, seed):
+        if isinstance(chosen.block, Fault):
+            yield Glimpse(Looked(eye.index.row_id(chosen.number, 0), None, None, chosen.block), 0.0, chosen.share)
+            continue
+        each = int(eye.index.order_bytes[chosen.number]) / max(1, chosen.block.num_rows)
+        for row in chosen.rows:
+            yield Glimpse(eye.look(chosen.number, row, chosen.block), each, chosen.share)
+
+
+def choose(eye: Eye, limit: int | None, seed: int) -> Iterator[Chosen]:
+    """Blocks with the rows to look at."""
+    return _everything(eye) if limit is None else _sample(eye, limit, seed)
+
+
+def _everything(eye: Eye) -> Iterator[Chosen]:
+    used = eye.index.used_blocks
+    done = np.cumsum(eye.index.order_bytes[used])
+    for (number, block), so_far in zip(_read_ahead(eye, used.tolist()), done.tolist(), strict=True):
+        rows = [] if isinstance(block, Fault) else list(range(block.num_rows))
+        yield Chosen(number, block, rows, so_far / int(done[-1]))
+
+
+def _sample(eye: Eye, limit: int, seed: int) -> Iterator[Chosen]:
+    """First each chosen block gives its quota; then, where some held too few rows, all blocks give what they have left.
+    The rows of a block are taken in a fixed random order, so that no row is taken twice."""
+    quotas = row_quotas(eye.index, limit, seed)
+    taken: Counter[int] = Counter()
+    exhausted: set[int] = set()
+    used = eye.index.used_blocks
+    others = (int(used[place]) for place in spread(len(used)))
+    for quota_of, numbers in ((quotas, sorted(quotas)), (None, others)):
+        wanted = (number for number in numbers if number not in exhausted and taken.total() < limit)
+        for number, block in _read_ahead(eye, wanted):
+            left = limit - taken.total()
+            if isinstance(block, Fault):
+                exhausted.add(number)
+                yield Chosen(number, block, [], taken.total() / limit)
+            elif left > 0:
+                order = np.random.default_rng([seed, number]).permutation(block.num_rows)
+                quota = min(left, quota_of[number]) if quota_of else left
+                rows = order[taken[number] : taken[number] + quota]
+                taken[number] += len(rows)
+                if taken[number] == block.num_rows:
+                    exhausted.add(number)
+                yield Chosen(number, block, sorted(rows.tolist()), taken.total() / limit)
+
+
+def row_quotas(index: Index, limit: int, seed: int) -> dict[int, int]:
+    """Rows to take from each block: points are set at random within equal stretches of all bytes (stratified sampling),
+    and each gives the same number of rows, so that long files are looked at more than short ones."""
+    points, used = min(limit, POINTS), index.used_blocks
+    ends = np.cumsum(index.order_bytes[used])
+    places = (np.arange(points) + np.random.default_rng(seed).random(points)) * (int(ends[-1]) / points)
+    blocks = used[np.minimum(np.searchsorted(ends, places, side="right"), len(used) - 1)]
+    rows = np.full(points, limit // points) + (np.arange(points) < limit % points)
+    return {int(block): int(rows[blocks == block].sum()) for block in np.unique(blocks)}
+
+
+def _read_ahead(eye: Eye, numbers: Iterable[int]) -> Iterator[tuple[int, Block | Fault]]:
+    """The blocks, a few of them read in the background."""
+    waiting: deque[tuple[int, Future[Block]]] = deque()
+    for number in numbers:
+        waiting.append((number, eye.blocks.prefetch([number])[0]))
+        if len(waiting) > AHEAD:
+            yield _arrived(*waiting.popleft())
+    while waiting:
+        yield _arrived(*waiting.popleft())
+
+
+def _arrived(number: int, future: Future[Block]) -> tuple[int, Block | Fault]:
     try:
-        encoded = method.encode(source.standard_row(block.row(number)), source.format, encoder)
-    except (UserError, ValueError) as error:
-        return Looked(row_id, None, str(error))
-    if isinstance(encoded, Rejected):
-        return Looked(row_id, None, encoded)
-    sample = replace(encoded, row=row_id)
-    try:
-        fitted = fit(sample, recipe.data.sequence_length, recipe.data.overlong, source.format in SPLITTABLE)
-    except UserError as error:  # data.overlong: error
-        return Looked(row_id, sample, str(error))
-    return Looked(row_id, sample, fitted)
+        return number, future.result()
+    except UserError as error:
+        return number, Fault("unreadable-file", str(error))
 
 
 def make_encoder(recipe: Recipe, *, ask_hub: bool) -> TextEncoder | Unknown:
@@ -72,10 +194,11 @@ def make_encoder(recipe: Recipe, *, ask_hub: bool) -> TextEncoder | Unknown:
     path = model.tokenizer or model.path
     if not ask_hub and is_on_hub(path):
         return Unknown(f"the tokenizer of {path} is on a model hub, which plan does not ask")
-    template = model.chat_template
+    template, variables = model.chat_template, model.chat_template_kwargs
     if template is not None and template.endswith(".jinja"):
         template = storage.read_bytes(template).decode()
-    return ask(path, lambda: load_tokenizer(path, model.revision, template))
+    revision = None if model.tokenizer else model.revision  # a revision is of the model's own repository
+    return ask(path, lambda: load_tokenizer(path, revision, template, variables=variables))
 
 
 def sample_sources(recipe: Recipe, indexes: Mapping[str, Index | Unknown]) -> dict[str, SampleStats] | Unknown:
@@ -90,22 +213,19 @@ def _sample_all(recipe: Recipe, indexes: Mapping[str, Index | Unknown], encoder:
 
 
 def sample_source(index: Index, recipe: Recipe, method: Method, encoder: TextEncoder) -> SampleStats:
-    """Encode rows from blocks spread over the source. Raises UserError for a broken row."""
-    rows = samples = tokens = num_bytes = 0
-    for block_number in spread(index.num_blocks):
-        block = index.read_block(block_number)
-        taken = min(block.num_rows, SAMPLE_ROWS - rows)
-        for number in range(taken):
-            looked = _look(index, block_number, number, block, recipe, method, encoder)
-            if isinstance(looked.fitted, str):
-                raise UserError(looked.fitted)
-            if isinstance(looked.fitted, list):
-                samples += len(looked.fitted)
-                tokens += sum(map(len, looked.fitted))
-        rows += taken
-        num_bytes += round(int(index.block_bytes[block_number]) * taken / max(1, block.num_rows))
-        if rows >= SAMPLE_ROWS:
-            break
+    """From `SAMPLE_ROWS` rows. Raises UserError for a broken one."""
+    eye = Eye(index, recipe, method, encoder)
+    rows = samples = tokens = 0
+    num_bytes = 0.0
+    for looked, row_bytes, _ in look_at(eye, SAMPLE_ROWS, recipe.train.seed):
+        if isinstance(looked.fitted, Fault):
+            raise UserError(looked.fitted.message)
+        if isinstance(looked.fitted, list):
+            samples += len(looked.fitted)
+            tokens += sum(map(len, looked.fitted))
+        rows += 1
+        num_bytes += row_bytes
+    eye.blocks.close()
     each = max(1, rows)
     return SampleStats(rows, samples / each, tokens / each, num_bytes / each)
 
