@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from faulty_proxy import PASSING, REFUSALS, FaultyProxy
 from moto.server import ThreadedMotoServer
+from servers import moto_process
 
 from ftlaunch.distributed import storage, storage_retry, storage_throttle
 from ftlaunch.distributed.data.build import build_index
@@ -103,18 +100,9 @@ def store(files):
 
 @pytest.fixture
 def other_store(tmp_path):
-    """The address of a second server, in a process of its own: moto's servers share what they hold."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL, cwd=tmp_path
-    )
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert server.poll() is None
-        time.sleep(0.05)
-    yield "127.0.0.1", port
-    server.kill()
-    server.wait()
+    """The address of a second server."""
+    with moto_process(tmp_path) as port:
+        yield "127.0.0.1", port
 
 
 @pytest.fixture(scope="module")
