@@ -117,8 +117,8 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "quantization_bit": _QUANTIZED,
     # method
     "stage": ("method", "{type: sft} or {type: cpt}"),
-    "train_on_inputs": ("method.train_on", "assistant, last_assistant or all"),
-    "train_on_prompt": ("method.train_on", "assistant, last_assistant or all"),
+    "train_on_inputs": ("method.train_on", "assistant, last_assistant, completion or all"),
+    "train_on_prompt": ("method.train_on", "assistant, last_assistant, completion or all"),
     "assistant_only_loss": ("method.train_on", "assistant is the default"),
     "completion_only_loss": ("method.train_on", "a completion alone is supervised unless it says all"),
     # data

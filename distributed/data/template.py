@@ -6,7 +6,8 @@ transformers' tokenizers import torch; `ftlaunch plan` and the readers need neit
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -17,9 +18,11 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from ...recipes.errors import UserError
+from ...recipes.methods.turns import choose_turns
 from .. import storage
 from ..model_files import ModelFolder, find_model
 from .chat import ChatTemplate, Message, Span
+from .spans import Conversation
 
 Encoded = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 """Token ids [S] and the mask [S] of supervised ones."""
@@ -59,34 +62,46 @@ class TextEncoder:
         """The padding token."""
         return self._id("pad_token")
 
+    @property
+    def takes_documents(self) -> bool:
+        """Whether the chat template has a place of its own for retrieved documents."""
+        return self.chat_template is not None and self.chat_template.takes_documents
+
     def decode(self, input_ids: Sequence[int]) -> str:
         """Token ids back to text, special tokens shown."""
         return str(self.tokenizer.decode([int(token) for token in input_ids], skip_special_tokens=False))
 
-    def chat(self, messages: Sequence[Message], tools: Sequence[Any] | None, train_on: str) -> Encoded:
-        """Render a conversation and mark what `train_on` (assistant, last_assistant, all) supervises.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        train_on: str,
+        documents: Sequence[Any] | None = None,
+    ) -> Encoded:
+        """Render a conversation and mark what `train_on` (assistant, last_assistant, completion, all) and the messages'
+        own flags supervise: the assistant's words and the token that ends its turn.
 
         The template writes its own begin- and end-of-sequence tokens. Raises ValueError for a conversation that the
-        template refuses, UserError when there is no template."""
+        template refuses, UserError when there is no template or the turns cannot be found."""
         if self.chat_template is None:
             raise UserError(
                 f"the tokenizer of {self.where} has no chat template, which format chat needs. Name one in "
                 "model.chat_template, or use format prompt_completion."
             )
+        conversation = Conversation(self.chat_template, messages, tools, documents)
+        turns = choose_turns(messages, train_on)
+        encoding = self._encode(conversation.text, add_special_tokens=False)
         if train_on == "all":
-            encoding = self._encode(self.chat_template.render(messages, tools), add_special_tokens=False)
-            return _ids(encoding), np.ones(len(encoding.ids), np.bool_)
-        text, spans = self.chat_template.spans(messages, tools)
-        encoding = self._encode(text, add_special_tokens=False)
-        trained = spans[-1:] if train_on == "last_assistant" else spans
-        return _ids(encoding), self._mask(encoding, trained, text)
+            return _ids(encoding), ~self._mask(encoding, conversation, turns.left_out)
+        return _ids(encoding), self._mask(encoding, conversation, turns.learned)
 
     def prompt_completion(self, prompt: str, completion: str) -> Encoded:
         """Prompt, completion, end of sequence, tokenised as one text; a token across the boundary counts as
         completion, because that is where it is written."""
         encoding = self._encode(prompt + completion, add_special_tokens=True)
-        written = _stops(encoding) > len(prompt)
-        return self._ended_once(encoding, written & (np.array(encoding.special_tokens_mask) == 0))
+        mask = np.array(encoding.special_tokens_mask) == 0
+        mask[: bisect_right(encoding.offsets, len(prompt), key=_stop)] = False
+        return self._ended_once(encoding, mask)
 
     def text(self, text: str) -> Encoded:
         """A document and its end of sequence."""
@@ -122,45 +137,59 @@ class TextEncoder:
         )
 
     @cached_property
-    def _special_ids(self) -> npt.NDArray[np.int32]:
-        added = self.tokenizer.get_added_tokens_decoder()
-        return np.array([number for number, token in added.items() if token.special], np.int32)
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
 
-    def _mask(self, encoding: Encoding, spans: Sequence[Span], text: str) -> npt.NDArray[np.bool_]:
-        """Tokens that overlap a span; blank text behind a span's last special token is no part of the turn."""
-        starts, stops = _starts(encoding), _stops(encoding)
-        special = np.isin(_ids(encoding), self._special_ids)
-        mask = np.zeros(len(starts), np.bool_)
+    def _mask(self, encoding: Encoding, conversation: Conversation, turns: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """Tokens that overlap what the assistant wrote in these turns. Blank text behind the token that ends a turn is
+        the template's own, unless the template says otherwise."""
+        ids, text = encoding.ids, conversation.text  # a list made anew at each access, as are offsets
+        mask = np.zeros(len(ids), np.bool_)
+        spans = conversation.spans(turns)
+        offsets = encoding.offsets if spans else []
         for start, stop in spans:
-            inside = (stops > start) & (starts < stop)
-            ends = np.flatnonzero(inside & special)
-            if len(ends) and not text[stops[ends[-1]] : stop].strip():
-                inside[ends[-1] + 1 :] = False
-            mask |= inside
+            first, behind = bisect_right(offsets, start, key=_stop), bisect_left(offsets, stop, key=_start)
+            if not conversation.says_spans:
+                behind = self._end_of_turn(ids[first:behind], offsets[first:behind], text) + first
+            mask[first:behind] = True
         return mask
+
+    def _end_of_turn(self, ids: Sequence[int], offsets: Sequence[Span], text: str) -> int:
+        """How many of these tokens the last added one ends, if only blank text follows it; else all."""
+        for end in range(len(ids), 0, -1):
+            if ids[end - 1] in self._added_ids:
+                return end
+            if text[slice(*offsets[end - 1])].strip():
+                break
+        return len(ids)
 
 
 def _ids(encoding: Encoding) -> npt.NDArray[np.int32]:
     return np.array(encoding.ids, np.int32)
 
 
-def _starts(encoding: Encoding) -> npt.NDArray[np.int64]:
-    return np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+def _start(offset: Span) -> int:
+    return offset[0]
 
 
-def _stops(encoding: Encoding) -> npt.NDArray[np.int64]:
-    """Where tokens end; a token of no width (trimmed offsets of blanks) counts as one character."""
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+def _stop(offset: Span) -> int:
+    """Where a token ends; one of no width (trimmed offsets of blanks) counts as one character."""
+    return max(offset[1], offset[0] + 1)
 
 
 def load_tokenizer(
-    path: str, revision: str | None = None, chat_template: str | None = None, *, now: datetime | None = None
+    path: str,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    *,
+    now: datetime | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> TextEncoder:
     """The tokenizer of a folder, fsspec URL or hub id: tokenizer.json with what stands beside it.
 
     `chat_template`: text of a template that replaces the tokenizer's own. `now`: the date for templates that print
-    one; a run passes its start, so that resuming on another day changes nothing. Raises UserError.
+    one; a run passes its start, so that resuming on another day changes nothing. `variables`: more of the template's.
+    Raises UserError.
     """
     folder = find_model(path, revision, weights=False)
     if "tokenizer.json" not in folder.names:
@@ -178,7 +207,7 @@ def load_tokenizer(
     config = _read_json(folder, "tokenizer_config.json")
     tokens = _special_tokens(folder, config, tokenizer)
     source = chat_template or _template_source(folder, config)
-    template = source and ChatTemplate(source, tokens, where=folder.url, now=now or datetime.now())
+    template = source and ChatTemplate(source, tokens, where=folder.url, now=now or datetime.now(), variables=variables)
     return TextEncoder(tokenizer, tokens, template or None, folder.url)
 
 

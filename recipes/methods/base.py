@@ -102,13 +102,23 @@ class LossTerms:
 
 
 class TokenEncoder(Protocol):
-    """What a method needs of a tokenizer. Both return (input_ids [S] int32, mask [S] bool); begin- and end-of-
+    """What a method needs of a tokenizer. All return (input_ids [S] int32, mask [S] bool); begin- and end-of-
     sequence tokens are there exactly once."""
 
+    @property
+    def takes_documents(self) -> bool:
+        """Whether the chat template has a place of its own for retrieved documents."""
+        ...
+
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, train_on: str
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        train_on: str,
+        documents: Sequence[Any] | None = None,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """Render a conversation by the chat template; the mask marks what `train_on` supervises."""
+        """Render a conversation by the chat template; the mask marks what `train_on` and the messages' own flags
+        supervise."""
         ...
 
     def prompt_completion(self, prompt: str, completion: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:

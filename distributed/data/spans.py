@@ -1,0 +1,213 @@
+"""What the assistant wrote in a rendered conversation: by character, end-of-turn tokens included.
+
+A template with `{% generation %}` blocks says it itself. For any other the definition is what happens when the model is
+used: a turn is what follows the prompt that the template makes of the messages before it. So the messages before the
+turn are rendered with the generation prompt, and those up to the turn without, which shows how it ends: two renderings
+a turn, one for the last.
+
+A conversation stays one sample, and what is supervised is what the whole conversation's rendering holds. Templates that
+drop the thinking of earlier turns (Qwen3, DeepSeek) therefore teach those turns without it, as a model sees them in its
+history; `train_on: last_assistant` or `completion` supervises only what is rendered as it was written. Cutting such a
+conversation into several samples would make rows count more the longer they are, and cost the square of their turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from ...recipes.errors import UserError
+from .chat import ChatTemplate, Message, Span, readable
+
+EXCERPT_CHARACTERS = 60
+
+HEAD_CHARACTERS = 4
+"""Characters by which the place is found where two renderings of a turn become the same; no turn's end is shorter."""
+
+OPEN_TAG = re.compile(r"[<\[][^>\]]*\Z")
+"""The beginning of a tag: two texts that part inside one have that much in common by chance."""
+
+
+class Conversation:
+    """One conversation under one template; each of its beginnings is rendered once."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+    ) -> None:
+        self._template = template
+        self._messages = [readable(message) for message in messages]
+        self._given = (tools, documents)
+        self._beginnings: dict[tuple[int, bool], str] = {}
+        self._turns: dict[int, Span] = {}
+
+    @cached_property
+    def _whole(self) -> tuple[str, list[Span]]:
+        return self._template.render_marked(self._messages, *self._given)
+
+    @property
+    def text(self) -> str:
+        """The whole conversation. Raises ValueError where the template refuses it."""
+        return self._whole[0]
+
+    @property
+    def says_spans(self) -> bool:
+        """Whether the spans are the template's own word, to the character."""
+        return self._template.marks_answers
+
+    def spans(self, turns: Iterable[int]) -> list[Span]:
+        """What the assistant wrote in these turns (numbers of messages), in order.
+
+        Raises UserError, with the difference, for a template that renders a conversation's beginning otherwise than
+        the whole, so that this cannot be told."""
+        if self.says_spans:
+            return [span for number in turns for span in self._marked(number)]
+        return [self._turn(number) for number in turns]
+
+    def _marked(self, number: int) -> list[Span]:
+        """The blocks of one turn: those that the messages before it do not have."""
+        first, last = (self._blocks(end) for end in (number, number + 1))
+        return [span for span in self._whole[1][first:last] if span[0] < span[1]]
+
+    def _blocks(self, end: int) -> int:
+        """How many `{% generation %}` blocks the messages before `end` have."""
+        roles = [message.get("role") for message in self._messages]
+        answers = roles[:end].count("assistant")
+        if len(self._whole[1]) == roles.count("assistant"):  # one each
+            return answers
+        if answers == 0 or end == len(roles):
+            return len(self._whole[1]) if answers else 0
+        return len(self._template.render_marked(self._messages[:end], *self._given)[1])
+
+    def _turn(self, number: int) -> Span:
+        if number not in self._turns:
+            start = self._start(number)
+            last = number + 1 == len(self._messages)
+            self._turns[number] = start, len(self.text) if last else self._end(self.text, start, number)
+        return self._turns[number]
+
+    def _start(self, number: int) -> int:
+        """Where the prompt of a turn ends in the whole."""
+        prompt = self._prompt(number)
+        start = self._behind(self.text, prompt, number)
+        if start is None and (before := self._turn_before(number)) is not None:
+            # An earlier turn is rendered otherwise now; what lies between it and this one need not be.
+            at = self._turn(before)[1]
+            start = self._behind(self.text[at:], self._between(before, number), number)
+            start = None if start is None else at + start
+        if start is None:
+            raise self._not_prefix_preserving(number, prompt)
+        return start
+
+    def _turn_before(self, number: int) -> int | None:
+        turns = (at for at in range(number - 1, -1, -1) if self._messages[at].get("role") == "assistant")
+        return next(turns, None)
+
+    def _between(self, before: int, number: int) -> str:
+        """What a prompt has behind the turn before it: the messages between, and the generation prompt."""
+        prompt = self._prompt(number)
+        start = self._behind(prompt, self._prompt(before), before)
+        if start is None:
+            raise self._not_prefix_preserving(number, prompt)
+        return prompt[self._end(prompt, start, before) :]
+
+    def _end(self, text: str, start: int, number: int) -> int:
+        """Where the turn that starts at `start` of `text` ends: known from how it is rendered when it is the last.
+        There it may have an end of sequence behind it (Phi-3), or thinking before it that is dropped once another
+        question follows (Qwen3)."""
+        alone = self._beginning(number + 1)
+        begin = self._behind(alone, self._prompt(number), number)
+        if begin is None:
+            raise self._not_prefix_preserving(number, alone)
+        turn = alone[begin:]
+        for written in (turn, turn.removesuffix(self._template.eos_token)):
+            if written and text.startswith(written, start):
+                return start + len(written)
+        kept = max(_kept(text, start, turn), _kept(text, start, turn.removesuffix(self._template.eos_token)))
+        if not kept:
+            raise self._not_prefix_preserving(number + 1, alone)
+        return start + kept
+
+    def _behind(self, text: str, prompt: str, number: int) -> int | None:
+        """Where a prompt ends in a text that begins with it. The two may part within the generation prompt, which may
+        open a thinking block that a recorded answer does not have: then that place. None: they part earlier."""
+        if text.startswith(prompt):
+            return len(prompt)
+        begin = len(prompt) - len(self._opening(prompt, self._beginning(number)))
+        shared = _shared(text, prompt)
+        common = OPEN_TAG.sub("", prompt[begin:shared]) if shared > begin else ""
+        return begin + len(common) if common else None
+
+    def _opening(self, prompt: str, plain: str) -> str:
+        """The generation prompt: what a rendering with it has more than one without."""
+        for closed in (plain, plain.removesuffix(self._template.eos_token)):
+            if prompt.startswith(closed):
+                return prompt[len(closed) :]
+        return ""
+
+    def _prompt(self, number: int) -> str:
+        """The messages before a turn, and the generation prompt. Templates that refuse messages without a question
+        render one that begins with an answer all the same: then it ends with the whole's first generation prompt."""
+        try:
+            return self._beginning(number, prompt=True)
+        except ValueError as error:
+            asked = any(message.get("role") == "user" for message in self._messages[:number])
+            everything = "" if asked else self._beginning(len(self._messages), prompt=True)
+            opening = self._opening(everything, self.text)
+            before, found, _ = self.text.partition(opening or self.text)
+            if not opening or not found:
+                raise UserError(
+                    f"chat template of {self._template.where}: which characters the assistant wrote cannot be told, "
+                    f"because the template renders the whole conversation, and refuses its first {number} messages: "
+                    f"{error}. {REMEDY}"
+                ) from error
+            return before + found
+
+    def _beginning(self, end: int, *, prompt: bool = False) -> str:
+        """The messages before `end`, rendered by themselves."""
+        if (end, prompt) not in self._beginnings:
+            self._beginnings[end, prompt] = (
+                self.text
+                if end == len(self._messages) and not prompt
+                else self._template.render(self._messages[:end], *self._given, add_generation_prompt=prompt)
+            )
+        return self._beginnings[end, prompt]
+
+    def _not_prefix_preserving(self, number: int, beginning: str) -> UserError:
+        at = _shared(self.text, beginning)
+        begin = max(0, at - EXCERPT_CHARACTERS // 2)
+        return UserError(
+            f"chat template of {self._template.where}: which characters the assistant wrote cannot be told, because "
+            f"the template renders the conversation's beginning otherwise when message {number + 1} follows. At "
+            f"character {at} the whole has {self.text[begin : at + EXCERPT_CHARACTERS]!r}, its beginning alone has "
+            f"{beginning[begin : at + EXCERPT_CHARACTERS]!r}. {REMEDY}"
+        )
+
+
+REMEDY = (
+    "Mark the assistant's part in the template with {% generation %} ... {% endgeneration %} and name it in "
+    "model.chat_template, or train with method.train_on: all."
+)
+
+
+def _shared(first: str, second: str) -> int:
+    """Length of the beginning that two texts share."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # slices compare at the speed of memory, a loop over characters does not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
+
+
+def _kept(text: str, start: int, turn: str) -> int:
+    """Length of the longest end of `turn` that stands at `start` of `text`."""
+    head = text[start : start + HEAD_CHARACTERS]
+    at = turn.find(head) if head else -1
+    while at >= 0 and not text.startswith(turn[at:], start):
+        at = turn.find(head, at + 1)
+    return len(turn) - at if at >= 0 else 0
