@@ -27,10 +27,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the user allowed: a new run beside the old one, or changes of what shapes the training."""
+    """What the user allowed: a new run beside the old one, changes of what shapes the training,
+    files that are no longer what they were."""
 
     fresh: bool = False
     accept_changes: bool = False
+    accept_changed_data: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
 from .evaluate import Evaluator
 from .group import Group
+from .indexing import accept_changed_data, same_sources
 from .loop import Run, train
 from .metrics import Recorder
 from .model import BuiltModel, build_model
@@ -97,6 +98,8 @@ def _trains(job: Job, flags: Flags) -> bool:
     if decision.action in ("stop", "alive"):
         raise UserError(decision.message)
     _say(job.monitor, decision.message)
+    if flags.accept_changed_data and decision.trains:
+        accept_changed_data(run)
     return decision.trains
 
 
@@ -140,6 +143,9 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     folder = _find_folder(recipe, attempt, group)
     method = build_method(recipe.method)
     data = open_data(recipe, folder, method, attempt, group)
+    if recorder:
+        for note in data.notes():
+            recorder.message(note)
     say("building the model")
     built = build_model(recipe, folder)
     engine = prepare(built, recipe, world)
@@ -237,15 +243,21 @@ def _load(
 def _where(
     state: Mapping[str, Any] | None, data: RunData, recorder: Recorder | None
 ) -> tuple[Extent, Mapping[str, Any] | None]:
-    """How far the run is, and the states of its streams; changed data that the user accepted begins anew."""
+    """How far the run is, and the states of its streams. Other sources that the user accepted are read from their
+    beginning; of the same sources with other files the epoch begins again."""
     if state is None:
         return Extent(), None
     extent = Extent(**state["extent"])
     if state["data"] == data.digest:
         return extent, state["stream"]
+    if same_sources(state["data"], data.digest):
+        again = data.begin_epoch_again(state["stream"])
+        note, served, states = f"epoch {again.epoch + 1} begins again on them", again.served_bytes, again.states
+    else:
+        note, served, states = "it is read from its beginning", 0, None
     if recorder:
-        recorder.message("data.train has changed: it is read from its beginning", level="warning")
-    return replace(extent, served_bytes=0), None
+        recorder.message(f"data.train has changed: {note}", level="warning")
+    return replace(extent, served_bytes=served), states
 
 
 def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, recorder: Recorder | None) -> None:
@@ -282,11 +294,14 @@ def _set_determinism(recipe: Recipe) -> None:
 def _split_flags(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
     """Flags, and what is left. Raises UserError for one that only `ftlaunch` itself takes."""
     given = {argument for argument in arguments if argument.startswith("--")}
-    if unknown := sorted(given - {"--accept-changes"}):
+    if unknown := sorted(given - {"--accept-changes", "--accept-changed-data"}):
         hint = " Give the new run another name: name=NAME." if "--fresh" in unknown else ""
-        raise UserError(f"{', '.join(unknown)}: under torchrun only --accept-changes can be given.{hint}")
+        raise UserError(
+            f"{', '.join(unknown)}: under torchrun only --accept-changes and --accept-changed-data can be given.{hint}"
+        )
     values = [argument for argument in arguments if argument not in given]
-    return Flags(accept_changes="--accept-changes" in given), values
+    flags = Flags(accept_changes="--accept-changes" in given, accept_changed_data="--accept-changed-data" in given)
+    return flags, values
 
 
 def main(argv: Sequence[str] | None = None) -> int:

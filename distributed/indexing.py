@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..recipes.errors import UserError
+from ..recipes.formats import require_readable
 from ..recipes.naming import eval_names, source_names
-from ..recipes.schema import Data, EvalSplit, Source
+from ..recipes.schema import Data, EvalSplit, Recipe, Source
 from . import storage
 from .checkpoint.commit import COMMITS
 from .data.build import build_index
@@ -22,6 +23,9 @@ from .data.index import Index
 from .run_directory import RunDirectory
 
 INDEX = "index"
+
+ACCEPTED = "accept-changed-data"
+"""A file that says: take the data as it is now, once."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,40 @@ def load_index(run: RunDirectory, indexed: Indexed) -> Index:
     return Index.load(folder, _generations(folder, indexed.prefix)[-1])
 
 
-def index_data(data: Data, run: RunDirectory, *, accept_changed: bool = False) -> list[str]:
+def digest_of(indexed: Indexed, index: Index) -> str:
+    """What a checkpoint's positions are positions in: these sources, with these files."""
+    return f"{indexed.prefix}:{index.digest}"
+
+
+def same_sources(digest: str, other: str) -> bool:
+    """Whether two digests differ in their files at most."""
+    return digest.partition(":")[0] == other.partition(":")[0]
+
+
+def accept_changed_data(run: RunDirectory) -> None:
+    """Let the next `index_data` of a run, wherever it happens, take the files as they are then."""
+    storage.write_bytes(run.path(INDEX, ACCEPTED), b"")
+
+
+def index_data(recipe: Recipe, run: RunDirectory) -> list[str]:
     """Build what is missing in the run directory, and make sure that files are still what a stored index says.
 
-    Returns what became of files since, where `accept_changed` lets the run go on with them as they are now: then a
-    new index lies beside the old one. Raises UserError that names the files otherwise."""
+    Returns what became of files since, if the run may go on with them (`accept_changed_data`, or it has no checkpoint
+    yet): then a new index lies beside the old one. Raises UserError that names the files otherwise."""
     folder = run.path(INDEX)
+    accepted = run.path(INDEX, ACCEPTED)
+    accept = storage.exists(accepted) or not _has_trained(run)
     notes: list[str] = []
-    for indexed in (train_index(data), eval_index(data)):
+    for indexed in (train_index(recipe.data), eval_index(recipe.data)):
         generations = _generations(folder, indexed.prefix)
         if indexed.sources and not generations:
-            build_index(indexed.sources, indexed.names, key=indexed.key).save(folder, indexed.prefix)
+            index = build_index(indexed.sources, indexed.names, key=indexed.key)
+            for info in index.sources:
+                require_readable(info.format, recipe.method.type, f"source {info.name}")
+            index.save(folder, indexed.prefix)
         elif indexed.sources:
-            notes += _compare(indexed, folder, generations, accept=accept_changed or not _has_trained(run))
+            notes += _compare(indexed, folder, generations, accept=accept)
+    storage.delete_tree(accepted)
     return notes
 
 

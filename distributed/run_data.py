@@ -12,13 +12,15 @@ from ..recipes.methods.base import Method, Rejected, Row, Sample
 from ..recipes.schema import EvalSplit, Recipe, RowFormat
 from .attempt import Attempt
 from .data.evaluation import EvalBatches
+from .data.epoch_again import EpochAgain, begin_epoch_again
 from .data.index import Index
+from .data.lane_plan import plan_lanes
 from .data.parts import MicroBatch
 from .data.stream import Stream, open_stream
 from .data.template import load_tokenizer
 from .evaluate import Reader
 from .group import Group
-from .indexing import INDEX, eval_index, index_data, train_index
+from .indexing import digest_of, eval_index, index_data, load_index, train_index
 from .model_files import ModelFolder
 from .published import template_text
 
@@ -68,6 +70,20 @@ class RunData:
             stream.restore(states)
         return stream
 
+    def begin_epoch_again(self, states: Mapping[str, Any]) -> EpochAgain:
+        """Where the streams go on when the files are no longer those that `states` were taken on."""
+        plans = plan_lanes(self.train, self.recipe.data, self.recipe.train, self.attempt.streams)
+        return begin_epoch_again(states, plans)
+
+    def notes(self) -> Iterator[str]:
+        """What was decided for the user: row formats that were found from columns."""
+        data = self.recipe.data
+        held_out = () if isinstance(data.eval, EvalSplit) else data.eval
+        infos = self.train.sources + (self.eval.sources if self.eval else ())
+        for info, source in zip(infos, (*data.train, *held_out), strict=True):
+            if source.format is None:
+                yield f"source {info.name}: its rows are read as {info.format}, which its columns fit"
+
     def eval_sets(self) -> dict[str, Reader]:
         """Readers of the held-out sets by name."""
         data = self.recipe.data
@@ -100,9 +116,8 @@ class RunData:
 
 def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Attempt, group: Group) -> RunData:
     """Find, index and verify the data on rank 0, and open it on every rank. Raises UserError."""
-    group.from_main(partial(index_data, recipe.data, attempt.run), "indexing the data")
+    group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
     train, evals = train_index(recipe.data), eval_index(recipe.data)
-    folder_of_indexes = attempt.run.path(INDEX)
     template = None if recipe.model.chat_template is None else template_text(recipe.model.chat_template)
     return RunData(
         recipe=recipe,
@@ -112,8 +127,8 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
         ),
         attempt=attempt,
         group=group,
-        train=Index.load(folder_of_indexes, train.prefix),
-        eval=Index.load(folder_of_indexes, evals.prefix) if evals.sources else None,
-        digest=train.prefix,
+        train=load_index(attempt.run, train),
+        eval=load_index(attempt.run, evals) if evals.sources else None,
+        digest=digest_of(train, load_index(attempt.run, train)),
         vocabulary=folder.config.get("text_config", folder.config).get("vocab_size"),
     )

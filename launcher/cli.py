@@ -82,6 +82,7 @@ def run(
     place: Place = Place(),
     fresh: bool = False,
     accept_changes: bool = False,
+    accept_changed_data: bool = False,
 ) -> int:
     """Train. The same recipe under the same name continues the unfinished run.
 
@@ -91,11 +92,13 @@ def run(
         Begin a new run (NAME-2, NAME-3, …) instead of continuing.
     accept_changes
         Continue although numbers that shape the training were changed.
+    accept_changed_data
+        Continue with data files as they are now: changed, gone or new. The epoch begins again.
     """
     from ..distributed.again import Flags
     from .start import start
 
-    return start(_load(recipe, overrides, place), Flags(fresh=fresh, accept_changes=accept_changes))
+    return start(_load(recipe, overrides, place), Flags(fresh, accept_changes, accept_changed_data))
 
 
 @app.command

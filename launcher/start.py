@@ -12,7 +12,7 @@ from ..distributed import storage
 from ..distributed.again import Decision, Flags, decide, gather
 from ..distributed.checkpoint.commit import latest
 from ..distributed.checkpoint.layout import open_folder
-from ..distributed.indexing import index_data
+from ..distributed.indexing import accept_changed_data, index_data
 from ..distributed.model_files import find_model, is_hub_id
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
@@ -43,20 +43,24 @@ def start(loaded: LoadedRecipe, flags: Flags) -> int:
         sum_up(run, console)
         return 0
     run.check()
+    if flags.accept_changed_data and decision.action != "new":
+        accept_changed_data(run)
     if isinstance(loaded.recipe.cluster, LocalCluster):
-        _preflight(loaded, run)
+        for note in _preflight(loaded, run):
+            _say(console, f"warning: {note}", "yellow")
     return _train(loaded, run, machine, console)
 
 
-def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> None:
-    """Find what is wrong with files that are seen from here, before Ray is started. The index it makes is the run's."""
+def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
+    """Find what is wrong with files that are seen from here, before Ray is started; what became of them since the run
+    began. The index it makes is the run's."""
     recipe = loaded.recipe
     if not is_hub_id(recipe.model.path):
         folder = find_model(recipe.model.path)
         if recipe.model.init == "pretrained":
             open_folder(folder.url)
     run.store_recipe(dump_recipe(recipe, loaded.secrets))
-    index_data(recipe.data, run)
+    return index_data(recipe, run)
 
 
 def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: Console) -> int:

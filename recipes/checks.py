@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from .credentials import no_credentials_in_options, no_credentials_in_urls
+from .formats import READ_BY
 from .naming import eval_names, source_names
 from .problems import Problem
-from .schema import Cpt, EvalSplit, Lora, Recipe, Source
+from .schema import EvalSplit, Lora, Recipe, Source
 
 _LOW_ADAPTER_RATE = 5e-5
 _HIGH_FULL_RATE = 2e-4
@@ -140,16 +141,15 @@ def names_differ(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"{key}.{index}.name", f"a second source named {name}", "give it another name")
 
 
-def cpt_reads_text(recipe: Recipe) -> Iterator[Problem]:
-    """Continued pretraining learns raw text; a conversation has no meaning to it."""
-    if not isinstance(recipe.method, Cpt):
-        return
+def method_reads_format(recipe: Recipe) -> Iterator[Problem]:
+    """A method learns from some row formats only; formats that are found from columns are looked at with the data."""
+    reads = READ_BY[recipe.method.type]
     held_out: Sequence[Source] = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
     for key, sources in (("data.train", recipe.data.train), ("data.eval", held_out)):
         for index, source in enumerate(sources):
-            if source.format not in (None, "text"):
-                message = f"method cpt reads text, not {source.format}"
-                yield Problem(f"{key}.{index}.format", message, "use format: text, or method: {type: sft}")
+            if source.format is not None and source.format not in reads:
+                message = f"method {recipe.method.type} reads {', '.join(reads)}, not {source.format}"
+                yield Problem(f"{key}.{index}.format", message, "take another method, or another format")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -166,7 +166,7 @@ CHECKS: tuple[Check, ...] = (
     Check(early_stopping_needs_steps, ("evaluate",)),
     Check(evaluation_has_data, ("evaluate", "data")),
     Check(names_differ, ("data",)),
-    Check(cpt_reads_text, ("method", "data")),
+    Check(method_reads_format, ("method", "data")),
     Check(no_credentials_in_options, ("data",)),
     Check(no_credentials_in_urls, ("data", "model", "checkpoint")),
 )

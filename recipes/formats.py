@@ -1,26 +1,48 @@
-"""Row formats: which standard columns each one has, and how a format is found from a file's columns."""
+"""Row formats: which standard columns each one has, which methods read it, and how it is found from a file's columns.
+
+How a row of each format is read stands in `rows.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from .errors import UserError
 from .schema import RowFormat
 
-REQUIRED: dict[RowFormat, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
+
+class Columns(NamedTuple):
+    """Standard columns that a row must have, and those it may have."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+COLUMNS: dict[RowFormat, Columns] = {
+    "chat": Columns(("messages",), ("tools", "documents")),
+    "sharegpt": Columns(("conversations",), ("system", "tools", "documents")),
+    "alpaca": Columns(("instruction", "output"), ("input", "system", "history", "documents")),
+    "prompt_completion": Columns(("prompt", "completion"), ("tools", "documents")),
+    "text": Columns(("text",)),
+    "preference": Columns(("chosen", "rejected"), ("prompt", "tools", "documents")),
+    "binary_preference": Columns(("prompt", "completion", "label"), ("tools", "documents")),
+    "ranking": Columns(("prompt", "responses"), ("scores", "ranks", "tools", "documents")),
 }
+
+REQUIRED: dict[RowFormat, tuple[str, ...]] = {name: columns.required for name, columns in COLUMNS.items()}
 """Standard columns a row must have."""
 
-OPTIONAL: dict[RowFormat, tuple[str, ...]] = {"chat": ("tools",), "prompt_completion": (), "text": ()}
-"""Standard columns a row may have."""
+READ_BY: dict[str, tuple[RowFormat, ...]] = {
+    "sft": ("chat", "sharegpt", "alpaca", "prompt_completion", "text"),
+    "cpt": ("text",),
+}
+"""`method.type` -> the formats it learns from."""
 
 
 def standard_columns(row_format: RowFormat) -> tuple[str, ...]:
     """All standard columns of a format."""
-    return REQUIRED[row_format] + OPTIONAL[row_format]
+    return COLUMNS[row_format].required + COLUMNS[row_format].optional
 
 
 def detect_format(columns: Iterable[str], mapping: Mapping[str, str] | None = None, where: str = "") -> RowFormat:
@@ -51,3 +73,12 @@ def require_columns(columns: Iterable[str], row_format: RowFormat, mapping: Mapp
                 f"Columns there: {', '.join(there) or 'none'}. "
                 f"If it has another name, write `columns: {{{column}: NAME}}`."
             )
+
+
+def require_readable(row_format: RowFormat, method: str, where: str) -> None:
+    """Raises UserError when a method does not learn from a format."""
+    if row_format not in READ_BY[method]:
+        raise UserError(
+            f"{where}: its rows are in format {row_format}, and method {method} reads {', '.join(READ_BY[method])}. "
+            "Take another method, or say with `format:` and `columns:` how its rows are to be read."
+        )

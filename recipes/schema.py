@@ -74,14 +74,17 @@ class Cpt(Section):
     type: Literal["cpt"] = "cpt"
 
 
-RowFormat = Literal["chat", "prompt_completion", "text"]
+RowFormat = Literal[
+    "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "binary_preference", "ranking"
+]
 
 
 class Source(Section):
     """One place that rows come from."""
 
     path: str | tuple[str, ...]
-    """File, folder, glob or any fsspec URL, or a list of them; parquet, .jsonl, .jsonl.gz, .jsonl.zst, .arrow."""
+    """File, folder, glob or any fsspec URL, or a list of them: parquet, jsonl, json, csv, tsv, arrow, txt, md; text
+    formats also as .gz and .zst."""
     format: RowFormat | None = None
     """How a row is read. None: found from the columns when that is unambiguous, and said."""
     columns: dict[str, str] = {}

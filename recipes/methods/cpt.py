@@ -10,5 +10,7 @@ from .sft import Sft
 class Cpt(Sft):
     """The `cpt` method: `sft` with everything supervised."""
 
+    name = "cpt"
+
     def __init__(self, _config: CptConfig) -> None:
         super().__init__(SftConfig(train_on="all"))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..formats import require_readable
+from ..messages import Message
+from ..rows import Completion, Conversation, Documents, Parsed, Text, parse_row, written_out
 from ..schema import RowFormat
 from ..schema import Sft as SftConfig
 from .base import Batch, LossTerms, Models, Rejected, Row, RowId, Sample, TokenEncoder
 from .causal import count_targets, cross_entropy, lay_out
+from .turns import choose_turns
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +30,14 @@ class Sft:
     """The `sft` method."""
 
     needs: frozenset[str] = frozenset()
+    name = "sft"
 
     def __init__(self, config: SftConfig) -> None:
         self.train_on = config.train_on
 
     def encode(self, row: Row, row_format: RowFormat, encoder: TokenEncoder) -> Sample | Rejected:
-        encode = {"chat": self._chat, "prompt_completion": self._prompt_completion, "text": _text}[row_format]
-        encoded = encode(row, encoder)
+        require_readable(row_format, self.name, "data")
+        encoded = self._encode(parse_row(row, row_format), encoder)
         if isinstance(encoded, Rejected):
             return encoded
         sample = Sample(*encoded, row=NOWHERE)
@@ -47,42 +52,56 @@ class Sft:
     def loss(self, models: Models, batch: Mapping[str, torch.Tensor]) -> LossTerms:
         return cross_entropy(models, batch)
 
-    def _chat(self, row: Row, encoder: TokenEncoder) -> Encoded | Rejected:
-        messages = row["messages"]
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise ValueError(f"messages is {type(messages).__name__}; expected a list of {{role, content}}")
-        if not messages:
-            return Rejected("empty conversation")
-        if self.train_on != "all" and not any(_has_answer(message) for message in messages):
-            return Rejected("empty answer: no assistant turn says anything")
-        return encoder.chat(messages, row.get("tools"), self.train_on)
+    def _encode(self, row: Parsed, encoder: TokenEncoder) -> Encoded | Rejected:
+        match row:
+            case Text(text):
+                return encoder.text(text) if text.strip() else Rejected("empty text")
+            case Completion():
+                return self._completion(row, encoder)
+            case Conversation():
+                return self._conversation(row, encoder)
+        raise AssertionError(f"a {type(row).__name__} is no row for sft")  # require_readable lets none through
 
-    def _prompt_completion(self, row: Row, encoder: TokenEncoder) -> Encoded | Rejected:
-        prompt, completion = _string(row, "prompt"), _string(row, "completion")
-        if not completion.strip():
+    def _completion(self, row: Completion, encoder: TokenEncoder) -> Encoded | Rejected:
+        if not row.completion.strip():
             return Rejected("empty answer: the completion is blank")
-        input_ids, mask = encoder.prompt_completion(prompt, completion)
+        input_ids, mask = encoder.prompt_completion(_with_documents(row.documents, row.prompt), row.completion)
         return input_ids, np.ones_like(mask) if self.train_on == "all" else mask
 
+    def _conversation(self, row: Conversation, encoder: TokenEncoder) -> Encoded | Rejected:
+        if not row.messages:
+            return Rejected("empty conversation")
+        messages = row.messages if self.train_on == "all" else _only_read(row.messages, row.context)
+        learned = choose_turns(messages, self.train_on).learned
+        if self.train_on != "all" and not any(_has_answer(messages[number]) for number in learned):
+            return Rejected("empty answer: no assistant turn says anything")
+        if not row.documents:
+            return encoder.chat(messages, row.tools, self.train_on)
+        if encoder.takes_documents:
+            return encoder.chat(messages, row.tools, self.train_on, row.documents)
+        return encoder.chat(_asked_with(row.documents, messages), row.tools, self.train_on)
 
-def _text(row: Row, encoder: TokenEncoder) -> Encoded | Rejected:
-    text = _string(row, "text")
-    return encoder.text(text) if text.strip() else Rejected("empty text")
+
+def _only_read(messages: list[Message], context: int) -> list[Message]:
+    """The assistant's turns among the first messages are marked as not to be learned."""
+    return [
+        {**message, "train": False} if number < context and message["role"] == "assistant" else message
+        for number, message in enumerate(messages)
+    ]
 
 
-def _has_answer(message: Mapping[str, Any]) -> bool:
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise ValueError(f"a message is {message!r:.80}; expected {{role, content}}")
-    if message["role"] != "assistant":
-        return False
-    content = message.get("content")
-    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
+def _asked_with(documents: Documents, messages: list[Message]) -> list[Message]:
+    """The documents stand in the first question, so that every answer comes after them; see `written_out`."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError("documents, and no message of the user that they could stand before")
+    question = {**messages[first], "content": _with_documents(documents, messages[first].get("content") or "")}
+    return [*messages[:first], question, *messages[first + 1 :]]
 
 
-def _string(row: Row, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{column} is {type(value).__name__}; expected text")
-    return value
+def _with_documents(documents: Documents, prompt: str) -> str:
+    return f"{written_out(documents)}\n\n{prompt}" if documents else prompt
+
+
+def _has_answer(message: Message) -> bool:
+    return bool((message.get("content") or "").strip()) or bool(message.get("tool_calls"))

@@ -222,3 +222,31 @@ def test_flags_are_the_launchers(tmp_path):
     assert entry.main([path, "train.seed=5"]) == 1
     assert entry.main([path]) == 0
     assert len(list((tmp_path / "runs/tiny/attempts").glob("a?.json"))) == 1
+
+
+def test_changed_data_is_refused_by_name_and_accepted_by_a_flag(launch, tmp_path):
+    assert launch()[0] == 0
+    write_jsonl(tmp_path / "chat.jsonl", chat_rows(70))
+    code, said = launch("train.max_steps=6")
+    assert code == 1
+    assert "chat.jsonl: grew since the run began" in said
+    assert "--accept-changed-data" in said
+    code, said = launch("train.max_steps=6", "--accept-changed-data")
+    assert code == 0, said
+    assert "data.train is read as it is now" in said
+    assert "data.train has changed: epoch 1 begins again on them" in said
+    code, said = launch("train.max_steps=7")
+    assert code == 0
+    assert "changed: epoch" not in said
+    assert [step["step"] for step in read_run(tmp_path / "runs/tiny").steps] == list(range(1, 8))
+
+
+def test_a_row_format_that_was_found_is_said_and_one_that_sft_does_not_read_is_refused(launch, tmp_path):
+    source = f"data.train=[{{path: '{tmp_path}/chat.jsonl'}}]"
+    code, said = launch(source, "data.eval=[]")
+    assert code == 0
+    assert "source chat: its rows are read as chat, which its columns fit" in said
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    code, said = launch(f"data.train=[{{path: '{tmp_path}/pairs.jsonl'}}]", "data.eval=[]", "--fresh")
+    assert code == 1
+    assert "source pairs: its rows are in format preference, and method sft reads chat, sharegpt" in said

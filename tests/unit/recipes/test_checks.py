@@ -115,7 +115,7 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"data": {"train": [A], "eval": [A, A]}},
         ),
     ],
-    "cpt_reads_text": [
+    "method_reads_format": [
         (
             {"method": {"type": "cpt"}, "data": {"train": [A, {**B, "format": "chat"}]}},
             "data.train.1.format",
@@ -125,6 +125,11 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"method": {"type": "cpt"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
             "data.eval.0.format",
             {"method": {"type": "sft"}, "data": {"train": [A], "eval": [{**B, "format": "prompt_completion"}]}},
+        ),
+        (
+            {"data": {"train": [{**A, "format": "preference"}]}},
+            "data.train.0.format",
+            {"data": {"train": [{**A, "format": "sharegpt"}]}},
         ),
     ],
     "no_credentials_in_options": [
