@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..distributed import storage
 from ..distributed.checkpoint.commit import CommitRecord, parse_reference, resolve
-from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Span, read_manifest
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import parse_recipe_text
@@ -17,7 +19,8 @@ from .runs import find_run
 
 TRAINING = "training/"
 COPY_BYTES = 16 * 2**20
-"""Bytes held at once while a file is copied."""
+CONNECTIONS = 8
+"""Spans copied at once, each holding `COPY_BYTES`."""
 
 Say = Callable[[str], None]
 
@@ -54,38 +57,58 @@ def copy_checkpoint(source: str, folder: Path, *, training: bool, say: Say) -> i
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; pull into a new one")
     files = [file for file in read_manifest(source).files if training or not file.path.startswith(TRAINING)]
-    for file in files:
-        say(f"{file.path}  {units.size(file.size)}")
-        _copy_file(source, file, folder / file.path)
+    _copy_files(source, files, folder, say)
     if training:  # whole, so that the folder is a checkpoint of its own
         (folder / MANIFEST_NAME).write_bytes(storage.read_bytes(storage.join(source, MANIFEST_NAME)))
     return sum(file.size for file in files)
 
 
-def _copy_file(source: str, file: FileRecord, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    url = storage.join(source, file.path)
+def _copy_files(source: str, files: Sequence[FileRecord], folder: Path, say: Say) -> None:
+    """Several spans at once, of one file or of many; a file has its name only when all of it is there and verified."""
+    for file in files:
+        _begin(file, folder, storage.join(source, file.path))
+    spans = [(file, span) for file in files for span in file.spans]
+    missing = Counter(file.path for file, _ in spans)
+    total, copied = max(1, sum(file.size for file in files)), 0
+    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull") as pool:
+        copies = pool.map(lambda one: _copy_span(source, *one, folder), spans)
+        for (file, span), _ in zip(spans, copies, strict=True):
+            copied += span.length
+            missing[file.path] -= 1
+            if not missing[file.path]:
+                _unfinished(file, folder).replace(folder / file.path)
+                say(f"{copied / total:4.0%}  {file.path}  {units.size(file.size)}")
+
+
+def _unfinished(file: FileRecord, folder: Path) -> Path:
+    target = folder / file.path
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def _begin(file: FileRecord, folder: Path, url: str) -> None:
+    """Make the file at its full length, so that spans can be written in any order; one without bytes is done."""
+    covered = sum(span.length for span in file.spans)
+    if covered != file.size:
+        raise InfrastructureError(f"{url}: {covered} bytes are covered by checksums, {file.size} were written")
+    unfinished = _unfinished(file, folder)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("wb") as out:
-        for offset, length, crc32 in file.spans:
-            out.seek(offset)
-            checksum = 0
-            for start, stop in _pieces(offset, offset + length):
-                data = storage.read_range(url, start, stop)
-                checksum = zlib.crc32(data, checksum)
-                out.write(data)
-            if checksum != crc32:
-                raise InfrastructureError(
-                    f"{url}: bytes {offset} to {offset + length} are not what was written; pull again, or another step"
-                )
-        _check_size(url, out.tell(), file.size)
-    unfinished.replace(target)
+        out.truncate(file.size)
+    if not file.size:
+        unfinished.replace(folder / file.path)
 
 
-def _pieces(start: int, stop: int) -> Sequence[tuple[int, int]]:
-    return [(begin, min(begin + COPY_BYTES, stop)) for begin in range(start, stop, COPY_BYTES)]
-
-
-def _check_size(url: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise InfrastructureError(f"{url}: {found} bytes are covered by checksums, {wanted} were written")
+def _copy_span(source: str, file: FileRecord, span: Span, folder: Path) -> None:
+    url = storage.join(source, file.path)
+    stop = span.offset + span.length
+    checksum = 0
+    with _unfinished(file, folder).open("r+b") as out:
+        out.seek(span.offset)
+        for begin in range(span.offset, stop, COPY_BYTES):
+            data = storage.read_range(url, begin, min(begin + COPY_BYTES, stop))
+            checksum = zlib.crc32(data, checksum)
+            out.write(data)
+    if checksum != span.crc32:
+        raise InfrastructureError(
+            f"{url}: bytes {span.offset} to {stop} are not what was written; pull again, or another step"
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 import zlib
 from pathlib import Path
 
 import pytest
 
+from ftlaunch.distributed import storage
 from ftlaunch.distributed.checkpoint.commit import CommitRecord, commit
 from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Span, record_bytes
 from ftlaunch.distributed.run_directory import RunDirectory
@@ -91,6 +93,31 @@ def test_bytes_that_no_checksum_covers_are_found(capsys, place, run):
     files = [FileRecord("NOTE", 3, (Span(0, 2, zlib.crc32(b"te")),))]
     (directory / MANIFEST_NAME).write_bytes(Manifest(10, 1, tuple(files)).to_bytes())
     assert pull(capsys, "bot", "here")[0] == 2
+
+
+def test_spans_are_copied_at_once_and_progress_is_said(capsys, place, run, monkeypatch):
+    """Both files wait for each other, and the spans of one are written in any order."""
+    directory = run / "step-000010.a1"
+    content = {"one.bin": b"0123456789", "two.bin": b"abcdefghij"}
+    records = []
+    for name, data in content.items():
+        (directory / name).write_bytes(data)
+        spans = (Span(0, 4, zlib.crc32(data[:4])), Span(4, 6, zlib.crc32(data[4:])))
+        records.append(FileRecord(name, len(data), spans))
+    (directory / MANIFEST_NAME).write_bytes(Manifest(10, 1, (*records, FileRecord("empty", 0, ()))).to_bytes())
+    (directory / "empty").touch()
+    together, read_range = threading.Barrier(4), storage.read_range
+
+    def wait_and_read(url, start, stop):
+        together.wait(60)
+        return read_range(url, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", wait_and_read)
+    code, said = pull(capsys, "bot", "here")
+    assert code == 0
+    assert " 50%  one.bin" in said
+    assert "100%  two.bin" in said
+    assert {path.name: path.read_bytes() for path in (place / "here").iterdir()} == {**content, "empty": b""}
 
 
 def test_a_step_that_is_not_there_lists_those_that_are(capsys, run):
