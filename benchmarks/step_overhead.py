@@ -1,14 +1,15 @@
 """Does the training loop cost anything? Steps of our whole rank's program against a bare torch loop and HF Trainer.
 
 The same model, tokens per step, dtype, optimizer and number of threads; the bare loop and the Trainer have their
-tokens ready, ours reads and tokenises text in the background. Every side lives in a process of its own for the whole
-benchmark and is frozen (SIGSTOP) while others have their turn. The limit is the bare loop.
+tokens ready, ours reads and tokenises text in the background. Every side lives in a process of its own, with its
+readers, for the whole benchmark and is frozen (SIGSTOP) while others have their turn. The limit is the bare loop.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ SIZES = {
     30: Size(hidden=128, layers=2, vocab=1024, sequence=128, batch=1),
 }
 TINY = Size(hidden=64, layers=1, vocab=128, sequence=32, batch=2)
-DROPPED = 5
+DROPPED = 20
 """More steps than a reader keeps ready."""
 
 SIDES = ("bare", "hf_trainer", "ddp", "fsdp")
@@ -60,13 +61,14 @@ class Side:
             stderr=self._log,
             cwd=folder,
             text=True,
+            start_new_session=True,
         )
         self._answer()  # the first turn warms up
 
     def turn(self) -> Turn:
         """Let it train for one turn."""
         assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         return self._answer()
@@ -77,23 +79,24 @@ class Side:
         if not line.startswith("turn "):
             self._log.seek(0)
             raise SystemExit(f"{self.name} ended before its turn did:\n{self._log.read()[-4000:]}")
-        self._process.send_signal(signal.SIGSTOP)
+        os.killpg(self._process.pid, signal.SIGSTOP)
         return Turn(**json.loads(line.removeprefix("turn ")))
 
     def close(self) -> None:
         """End the process and wait for it."""
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._log.close()
 
 
 def calibrate(folder: Path, size: Size, target_s: float, seed: int) -> Size:
-    """The batch with which a step of the bare loop comes nearest to `target_s`."""
+    """The batch with which a step of the bare loop comes nearest to `target_s`, told by the fastest steps: others' work
+    on a shared machine must not make the batch smaller."""
     write_inputs(folder, size, seed)
     seconds = {}
     for batch in (1, 4):
         with contextlib.closing(Side("bare", folder, replace(size, batch=batch), 10)) as side:
-            seconds[batch] = statistics.median(side.turn().seconds)
+            seconds[batch] = min(side.turn().seconds)
     per_sequence = max(1e-6, (seconds[4] - seconds[1]) / 3)
     return replace(size, batch=max(1, round(1 + (target_s - seconds[1]) / per_sequence)))
 

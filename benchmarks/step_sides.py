@@ -4,8 +4,8 @@
 
 Reads a line from standard input for every turn, and answers with a line "turn {seconds: […], cpu_s: …}": the time
 between the ends of neighbouring steps, so everything that a loop does around a step counts, and the processor time of
-all threads over those steps. The first steps of a turn are dropped: a background reader has made those while the other
-sides had their turn.
+all threads and readers over those steps. The first steps of a turn are dropped: a background reader has made those
+while the other sides had their turn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 LEARNING_RATE = 1e-4
 FOR_EVER = 10_000_000
@@ -38,17 +40,21 @@ class Turns:
         """A step has ended; returns when the next one shall begin."""
         self._ends.append(time.perf_counter())
         if len(self._ends) == self._dropped:
-            self._cpu_s = time.process_time()
+            self._cpu_s = cpu_s()
         if len(self._ends) < self._dropped + self._measured:
             return
         ends = self._ends[self._dropped - 1 :]
         seconds = [later - sooner for sooner, later in pairwise(ends)]
-        self._answers.write(
-            "turn " + json.dumps({"seconds": seconds, "cpu_s": time.process_time() - self._cpu_s}) + "\n"
-        )
+        self._answers.write("turn " + json.dumps({"seconds": seconds, "cpu_s": cpu_s() - self._cpu_s}) + "\n")
         if not sys.stdin.readline():
             os._exit(0)  # in the middle of somebody's loop: there is nothing to save
         self._ends = []
+
+
+def cpu_s() -> float:
+    """Processor time of this process and of those it has started [s]."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def read_batches(folder: Path, batch: int) -> Any:

@@ -11,8 +11,11 @@ from .initialise import keyed_seed
 
 
 def on_device(batch: Batch, device: str) -> dict[str, Tensor]:
-    """The tensors of a batch, each [B, S] int64."""
-    arrays = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "targets": batch.targets}
+    """The tensors of a batch, each [B, S] int64. `position_ids` only where they restart: models count by themselves,
+    once for all sequences, and need not look for packed samples."""
+    arrays = {"input_ids": batch.input_ids, "targets": batch.targets}
+    if (batch.position_ids[:, 1:] == 0).any():
+        arrays["position_ids"] = batch.position_ids
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 

@@ -58,16 +58,17 @@ def token_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def hidden_states(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The body's output [B, S, H]. Attention per packed sample follows from `position_ids` that restart."""
+    """The body's output [B, S, H]. Attention per packed sample follows from `position_ids` that restart; left out,
+    they count through."""
     body = self.causal_lm.base_model
-    output = body(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    output = body(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def own_logits(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own logits [B, S, V], with whatever it scales or caps after the head."""
-    output = self.causal_lm(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    output = self.causal_lm(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
     logits: Tensor = output.logits
     return logits
 

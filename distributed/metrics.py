@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Mapping
@@ -34,13 +35,16 @@ class TensorBoard:
     """TensorBoard event files in the run directory (local runs; elsewhere they would have to be rewritten whole)."""
 
     def __init__(self, directory: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import FileWriter
 
-        self._writer = SummaryWriter(directory)
+        self._writer = FileWriter(directory)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # One event for all: with one each, as SummaryWriter does it, the writer's queue of ten is full at every step.
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.add_summary(Summary(value=scalars), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -172,4 +176,9 @@ def memory_bytes(world: World) -> int:
     """Peak memory of this rank on its GPU, or its resident size on the CPU."""
     if world.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(world.device)
-    return int(psutil.Process().memory_info().rss)
+    return int(_this_process().memory_info().rss)
+
+
+@functools.cache
+def _this_process() -> psutil.Process:
+    return psutil.Process()  # reads when the process started, which is no work for every step

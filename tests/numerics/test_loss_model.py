@@ -159,6 +159,21 @@ def test_a_whole_model_in_chunks(monkeypatch, tied):
         assert relative(ours[name], theirs[name]) <= 1e-5, name
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
+def test_positions_that_are_left_out_count_through(model_type):
+    """Bit for bit: batches without packed samples go to the model without positions."""
+    model = random_model(model_type)
+    batch = random_batch(307) | {"position_ids": torch.arange(29).expand(2, -1)}
+    expected = model(batch)
+    theirs = gradients(model, expected)
+    del batch["position_ids"]
+    losses = model(batch)
+    assert torch.equal(losses, expected)
+    ours = gradients(model, losses)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_nothing_supervised():
     """Padding goes through the model like everything else (every rank has the same number of micro-batches) and adds
     nothing: the loss and all gradients are exactly zero, and there."""
