@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("step_overhead", "launch", "loss_memory")
-LIGHT = {"launch": ["--only", "light"]}
-"""A launch is tested elsewhere; starting Ray once more would prove nothing here."""
+NAMES = ("step_overhead", "launch", "loss_memory", "stream", "stream_resume")
+LIGHT = {
+    "launch": ["--only", "light"],
+    "stream": ["--peers", "hf_datasets"],
+    "stream_resume": ["--sides", "ours"],
+}
+"""A launch is tested elsewhere; starting Ray once more would prove nothing here. Most peers of the stream need
+environments of their own."""
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""What the stream benchmarks share: rows with names, the store they lie in, and one side's turn."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import run_checked
+from peers import python_of
+
+HERE = Path(__file__).resolve().parent
+SIDES = HERE / "stream_peers"
+END = "<|endoftext|>"
+WORDS = 4000
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The data: `files` of `groups` row groups of `rows` rows of about `words` words."""
+
+    files: int
+    groups: int
+    rows: int
+    words: int
+
+    @property
+    def num_rows(self) -> int:
+        """All of them."""
+        return self.files * self.groups * self.rows
+
+
+def write_shards(folder: Path, shape: Shape, seed: int) -> int:
+    """Parquet shards whose rows begin with their own name (`r17`); their bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = random.Random(seed)
+    folder.mkdir(parents=True)
+    name = 0
+    for file in range(shape.files):
+        texts = []
+        for _ in range(shape.groups * shape.rows):
+            length = max(4, int(rng.lognormvariate(0, 0.6) * shape.words))
+            texts.append(" ".join([f"r{name}", *(f"w{rng.randrange(WORDS)}" for _ in range(length))]))
+            name += 1
+        table = pa.table({"text": texts, "id": list(range(len(texts)))})
+        pq.write_table(table, folder / f"{file:04d}.parquet", row_group_size=shape.rows, compression="zstd")
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def write_tokenizer(folder: Path, rows: int) -> Path:
+    """One token for every word, and one for every row's name."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [END, *(f"w{number}" for number in range(WORDS)), *(f"r{number}" for number in range(rows))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def convert(store: Path, sides: list[str], shard_bytes: int) -> None:
+    """The formats of the peers that need one of their own, with shards of about our blocks' size."""
+    for side, program, name in (("mosaic", "convert_mds.py", "mds"), ("lit", "convert_lit.py", "lit")):
+        if side in sides:
+            command = [
+                python_of(side),
+                str(SIDES / program),
+                str(store / "parquet"),
+                str(store / name),
+                str(shard_bytes),
+            ]
+            run_checked(command, SIDES)
+
+
+@contextmanager
+def serving(root: Path, mb_per_s: float, latency_ms: float) -> Iterator[str]:
+    """The store's endpoint."""
+    command = [sys.executable, str(HERE / "object_store.py"), str(root)]
+    command += ["--mb-per-s", str(mb_per_s), "--latency-ms", str(latency_ms)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def counts(endpoint: str) -> dict[str, int]:
+    """Bytes and requests that the store has served."""
+    with urllib.request.urlopen(f"{endpoint}/-/counts") as answer:
+        served: dict[str, int] = json.load(answer)
+    return served
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What every turn of a side shares."""
+
+    folder: Path
+    endpoint: str
+    shape: Shape
+    seed: int
+    batch_rows: int = 64
+    sequence_length: int = 1024
+    shuffle_rows: int = 2000
+
+    def take(self, side: str, **job: Any) -> dict[str, Any]:
+        """Run a side in a fresh process with empty caches; what it measured, with the bytes and requests it cost."""
+        scratch = self.folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        fields = {name: value for name, value in asdict(self).items() if name not in ("folder", "shape")}
+        fields |= {"rows": self.shape.num_rows, "scratch": str(scratch), "tokenizer": str(self.folder / "tokenizer")}
+        (self.folder / "job.json").write_text(json.dumps(fields | job))
+        before = counts(self.endpoint)
+        said = run_checked(
+            [python_of(side), str(SIDES / f"{side}.py"), str(self.folder / "job.json")], SIDES, quiet(side)
+        )
+        after = counts(self.endpoint)
+        measured: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+        return measured | {name: after[name] - before[name] for name in after}
+
+
+def quiet(side: str) -> Mapping[str, str]:
+    """Environment of a side."""
+    return {
+        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
+        "TOKENIZERS_PARALLELISM": "true" if side in ("hf_datasets", "ray_data") else "false",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+    }  # fmt: skip
