@@ -135,4 +135,5 @@ def _prefix(kind: str, sources: Sequence[Source]) -> str:
 
 def _what_is_read(source: Source) -> tuple[object, ...]:
     rows = (source.skip, source.take) if source.skip or source.take is not None else ()
-    return (source.path, source.format, sorted(source.columns.items()), *rows)
+    part = (source.split, source.subset) if source.split or source.subset else ()
+    return (source.path, source.format, sorted(source.columns.items()), *rows, *part)

@@ -11,7 +11,7 @@ from ..recipes.errors import UserError
 from .storage_place import NO_OPTIONS, FileInfo, filesystem, is_local
 from .storage_retry import RETRY, RetryPolicy, retrying
 
-TAGS = ("ETag", "etag", "md5Hash", "md5", "content_md5")
+TAGS = ("ETag", "etag", "md5Hash", "md5", "content_md5", "blob_id")
 TIMES = ("LastModified", "Last-Modified", "mtime", "created")
 
 

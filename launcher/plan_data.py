@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..distributed.data.build import build_index
+from ..distributed.data.hub import is_pinned
 from ..distributed.data.index import Index
 from ..recipes.naming import source_names
 from ..recipes.schema import EvalSplit, Recipe, Source, TrainSource
@@ -36,6 +37,8 @@ def paths_of(source: Source) -> tuple[str, ...]:
 def index_source(source: Source, name: str) -> Index | Unknown:
     """The index of one source. Raises UserError for a place in reach that holds no usable data."""
     for path in paths_of(source):
+        if is_pinned(path):
+            return Unknown(f"{path} is on a hub, which plan does not ask")
         reached = ask(path, lambda: True)
         if isinstance(reached, Unknown):
             return reached

@@ -141,6 +141,20 @@ def names_differ(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"{key}.{index}.name", f"a second source named {name}", "give it another name")
 
 
+def hub_keys_with_hub_paths(recipe: Recipe) -> Iterator[Problem]:
+    """Files have no splits and subsets; they are named."""
+    held_out: Sequence[Source] = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
+    for key, sources in (("data.train", recipe.data.train), ("data.eval", held_out)):
+        for index, source in enumerate(sources):
+            paths = (source.path,) if isinstance(source.path, str) else source.path
+            if all(path.startswith("hub:") for path in paths):
+                continue
+            for name, value in (("split", source.split), ("subset", source.subset)):
+                if value is not None:
+                    remedy = "name the files of the part you want in path"
+                    yield Problem(f"{key}.{index}.{name}", "means something only with path: hub:ORG/NAME", remedy)
+
+
 def method_reads_format(recipe: Recipe) -> Iterator[Problem]:
     """A method learns from some row formats only; formats that are found from columns are looked at with the data."""
     reads = READ_BY[recipe.method.type]
@@ -166,6 +180,7 @@ CHECKS: tuple[Check, ...] = (
     Check(early_stopping_needs_steps, ("evaluate",)),
     Check(evaluation_has_data, ("evaluate", "data")),
     Check(names_differ, ("data",)),
+    Check(hub_keys_with_hub_paths, ("data",)),
     Check(method_reads_format, ("method", "data")),
     Check(no_credentials_in_options, ("data",)),
     Check(no_credentials_in_urls, ("data", "model", "checkpoint")),

@@ -131,7 +131,6 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "data_files": ("path", "a file, folder, glob, or a list of them"),
     "dataset_text_field": ("columns", "of a source: {text: COLUMN}"),
     "field_messages": ("columns", "of a source: {messages: COLUMN}"),
-    "split": ("path", "name the files of the split"),
     "test_datasets": _EVAL_DATA,
     "eval_dataset": _EVAL_DATA,
     "validation_file": _EVAL_DATA,

@@ -18,6 +18,8 @@ def source_name(source: Source) -> str:
     if source.name is not None:
         return source.name
     path = source.path if isinstance(source.path, str) else next(iter(source.path), "")
+    if path.startswith("hub:"):
+        path = path.partition("@")[0]
     for part in reversed(path.partition("::")[0].partition("?*")[0].rpartition("://")[2].split("/")):
         name = _clean(part)
         if name:

@@ -84,7 +84,11 @@ class Source(Section):
 
     path: str | tuple[str, ...]
     """File, folder, glob or any fsspec URL, or a list of them: parquet, jsonl, json, csv, tsv, arrow, txt, md; text
-    formats also as .gz and .zst."""
+    formats also as .gz and .zst. Or a data set of the Hugging Face hub: hub:ORG/NAME, hub:ORG/NAME@REVISION."""
+    split: str | None = None
+    """Split of a hub data set (train, test …); None: its only one."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set; None: its only or default one."""
     format: RowFormat | None = None
     """How a row is read. None: found from the columns when that is unambiguous, and said."""
     columns: dict[str, str] = {}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from ...recipes.errors import UserError
 from ...recipes.schema import Source
 from ..storage import FileInfo
 from . import jsonl, lines
+from .at_once import in_parallel
 from .block import ALL_ROWS
 from .formats import FORMATS, FileFormat, kind_of
 from .index import Index
@@ -21,18 +20,6 @@ from .order import Int64s
 from .schemas import Scanned, settle
 from .selection import rows_wanted
 from .sources import SourceInfo, find_files
-
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-SCANNERS = 32
-"""Files looked at at once; scanning waits for round trips."""
-
-
-def in_parallel(call: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """The calls' answers in order; the first error is raised."""
-    with ThreadPoolExecutor(SCANNERS, thread_name_prefix="index") as pool:
-        return list(pool.map(call, items))
 
 
 def build_index(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from ...recipes.schema import Source
 from ..storage import FileInfo
-from .build import in_parallel
+from .at_once import in_parallel
+from .hub import is_pinned
 from .index import Index
-from .sources import list_now
+from .sources import list_now, paths_of
 
 NAMED = 10
 
@@ -36,7 +37,10 @@ class Changes:
 def find_changes(index: Index, sources: Sequence[Source]) -> Changes:
     """List the sources' files again and compare."""
     now = {file.url: file for group in in_parallel(list_now, sources) for file in group}
-    before = {file.url: file for file in index.files}
+    compared = [not all(map(is_pinned, paths_of(source))) for source in sources]
+    before = {
+        file.url: file for file, source in zip(index.files, index.file_source.tolist(), strict=True) if compared[source]
+    }
     changed = [_said(before[url], now[url]) for url in before.keys() & now.keys() if before[url] != now[url]]
     return Changes(
         tuple(sorted(changed)),

@@ -63,8 +63,9 @@ class RowReader:
         for column in REQUIRED[source.format]:
             if column not in values:
                 name = source.columns.get(column, column)
+                place = self.index.place(block, row, decoded)
                 raise UserError(
-                    f"{self.index.place(block, row, decoded)}: no value for '{name}', which format {source.format} needs. "
+                    f"{place}: no value for '{name}', which format {source.format} needs. "
                     f"Columns there: {', '.join(raw)}."
                 )
         return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,9 +14,13 @@ from ...recipes.formats import standard_columns
 from ...recipes.schema import RowFormat, Source
 from .. import storage
 from ..storage import NO_OPTIONS, FileInfo
+from .at_once import in_parallel
 from .formats import SUFFIXES, kind_of, of_first_tier
+from .hub import HUB, hub_files, is_hub, is_pinned
 
 MANY_NAMES = 8
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class SourceInfo(NamedTuple):
@@ -45,9 +50,9 @@ def find_files(source: Source, key: str) -> list[FileInfo]:
     options = storage.options_text(source.storage_options)
     files = []
     for path in paths_of(source):
-        there = _path_files(path, options)
+        there = _path_files(source, path, options)
         if not there:
-            raise KeyedError(f"{path}: no data files found. {_near(path, options)}", f"{key}.path")
+            raise KeyedError(f"{path}: no data files found. {_near(path, options)}{_hub_hint(path)}", f"{key}.path")
         files += there
     for file in files:
         if kind_of(file.url) is None:
@@ -58,9 +63,11 @@ def find_files(source: Source, key: str) -> list[FileInfo]:
 
 
 def list_now(source: Source) -> list[FileInfo]:
-    """What `find_files` would find; fewer files, or none, where some are gone."""
+    """What `find_files` would find; fewer files, or none, where some are gone. Files of a commit cannot change and are
+    not asked for."""
     options = storage.options_text(source.storage_options)
-    return [file for path in paths_of(source) for file in _path_files(path, options)]
+    paths = [path for path in paths_of(source) if not is_pinned(path)]
+    return [file for path in paths for file in _path_files(source, path, options)]
 
 
 def paths_of(source: Source) -> tuple[str, ...]:
@@ -68,7 +75,10 @@ def paths_of(source: Source) -> tuple[str, ...]:
     return (source.path,) if isinstance(source.path, str) else source.path
 
 
-def _path_files(path: str, options: str) -> list[FileInfo]:
+def _path_files(source: Source, path: str, options: str) -> list[FileInfo]:
+    if is_hub(path):
+        urls = hub_files(path, source.subset, source.split)
+        return in_parallel(lambda url: storage.info(url, options=options), urls)
     listed = storage.list_files(path, tuple(SUFFIXES), options=options)
     is_pattern = any(character in path for character in "*?[")
     return listed if is_pattern or len(listed) == 1 else of_first_tier(listed)
@@ -83,6 +93,11 @@ def _must_differ(files: Sequence[FileInfo], key: str) -> None:
             "a source more than once an epoch, see weight and num_epochs.",
             f"{key}.path",
         )
+
+
+def _hub_hint(path: str) -> str:
+    is_name = HUB_NAME.fullmatch(path) is not None and kind_of(path) is None
+    return f" If a data set of the Hugging Face hub is meant, write {HUB}{path}." if is_name else ""
 
 
 def _near(path: str, options: str) -> str:

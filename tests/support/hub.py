@@ -16,6 +16,7 @@ API = re.compile(
     r"^/api/(?:models|datasets)/(?P<id>[^/]+/[^/]+)"
     r"(?:/(?P<verb>revision|tree)/(?P<revision>[^/]+)(?:/(?P<below>.*))?)?$"
 )
+PATHS_INFO = re.compile(r"^/api/datasets/(?P<id>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)$")
 RESOLVE = re.compile(r"^/(?:datasets/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)$")
 
 Files = dict[str, bytes]
@@ -69,13 +70,27 @@ def serving() -> Iterator[Hub]:
         def do_HEAD(self) -> None:
             self._answer(body=False)
 
+        def do_POST(self) -> None:
+            """What is known of some paths of a dataset (HfFileSystem.info)."""
+            path = unquote(urlsplit(self.path).path)
+            hub.asked.append(path)
+            match = PATHS_INFO.match(path)
+            wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+            found = hub.find(match["id"], match["revision"]) if match else None
+            status, headers, data = described(found[1], wanted) if found else missing("RepoNotFound")
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
         def log_message(self, format: str, *args: object) -> None:
             pass
 
         def _answer(self, *, body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.asked.append(path)
-            status, headers, data = answer(hub, path)
+            status, headers, data = answer(hub, path, recursive="recursive=true" in self.path.lower())
             if status == 200 and (wanted := self.headers.get("Range")):
                 first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted).groups()
                 stop = min(len(data), int(last) + 1 if last else len(data))
@@ -95,13 +110,13 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
 
 
-def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
+def answer(hub: Hub, path: str, *, recursive: bool = True) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of a request's answer."""
     if match := API.match(path):
         found = hub.find(match["id"], match["revision"] or "main")
         if found is None:
             return missing("RevisionNotFound" if match["id"] in hub.commits else "RepoNotFound")
-        return listing(match["id"], match["verb"], match["below"] or "", *found)
+        return listing(match["id"], match["verb"], match["below"] or "", *found, recursive)
     if match := RESOLVE.match(path):
         found = hub.find(match["id"], match["revision"])
         if found is None or match["file"] not in found[1]:
@@ -112,17 +127,37 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
 
 
 def listing(
-    repository: str, verb: str | None, below: str, commit: str, files: Files
+    repository: str, verb: str | None, below: str, commit: str, files: Files, recursive: bool
 ) -> tuple[int, dict[str, str], bytes]:
     """A repository's description, or its tree."""
     if verb == "tree":
-        content: object = [
-            {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
-            for name, data in sorted(files.items())
-            if name.startswith(below)
-        ]
+        content: object = tree(files, f"{below}/" if below else "", recursive)
     else:
         content = {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in sorted(files)]}
+    return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+def tree(files: Files, below: str, recursive: bool) -> list[dict[str, object]]:
+    """Files and folders in a folder, directly or at any depth."""
+    entries: dict[str, dict[str, object]] = {}
+    for name, data in sorted(files.items()):
+        parts = name.removeprefix(below).split("/") if name.startswith(below) else []
+        for depth in range(1, len(parts)):
+            path = below + "/".join(parts[:depth])
+            entries[path] = {"type": "directory", "path": path, "oid": oid(path.encode())}
+        if parts:
+            entries[name] = {"type": "file", "path": name, "size": len(data), "oid": oid(data)}
+    return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(below)]
+
+
+def described(files: Files, wanted: list[str]) -> tuple[int, dict[str, str], bytes]:
+    """Files and folders among these paths."""
+    content: list[dict[str, object]] = []
+    for path in wanted:
+        if path in files:
+            content.append({"type": "file", "path": path, "size": len(files[path]), "oid": oid(files[path])})
+        elif any(name.startswith(f"{path}/") for name in files):
+            content.append({"type": "directory", "path": path, "oid": oid(path.encode())})
     return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
 

@@ -1,4 +1,4 @@
-"""Files that are no longer what they were when a run began: seen, refused or accepted, and what becomes of the order."""
+"""Files that are no longer what they were when a run began: seen, refused or accepted, and the order begun again."""
 
 from __future__ import annotations
 

@@ -115,6 +115,18 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"data": {"train": [A], "eval": [A, A]}},
         ),
     ],
+    "hub_keys_with_hub_paths": [
+        (
+            {"data": {"train": [{**A, "split": "train"}]}},
+            "data.train.0.split",
+            {"data": {"train": [{**A, "path": "hub:acme/chats", "split": "train"}]}},
+        ),
+        (
+            {"data": {"train": [A], "eval": [{**B, "subset": "en"}]}},
+            "data.eval.0.subset",
+            {"data": {"train": [A], "eval": [{**B, "path": "hub:acme/chats", "subset": "en"}]}},
+        ),
+    ],
     "method_reads_format": [
         (
             {"method": {"type": "cpt"}, "data": {"train": [A, {**B, "format": "chat"}]}},
