@@ -69,6 +69,13 @@ def test_strict_fails_on_warnings_but_not_on_advice(capsys, place):
     assert code == 0, said
 
 
+def test_words_that_the_tokenizer_does_not_know_are_found(capsys, place):
+    write_rows(place / "rows.jsonl", [GOOD, {"prompt": "what is nine plus ten ?", "completion": "three ."}])
+    said = check(capsys)[1]
+    assert "unknown-token" in said
+    assert "row 1: 2 of 9 tokens" in said
+
+
 def test_split_documents_are_counted(capsys, place):
     write_rows(place / "rows.jsonl", [{"text": "one plus two is three . " * 10}])
     assert "1 row (100.0%): documents split over several sequences" in check(capsys)[1]
