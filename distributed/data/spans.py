@@ -14,6 +14,7 @@ conversation into several samples would make rows count more the longer they are
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,9 @@ EXCERPT_CHARACTERS = 60
 HEAD_CHARACTERS = 4
 """Characters by which the place is found where two renderings of a turn become the same; no turn's end is shorter."""
 
+TAG = re.compile(r"<[^<>]*>")
+LAST_TAG = re.compile(r"<[^<>]*>\s*\Z")
+ONLY_TAGS = re.compile(r"(\s|<[^<>]*>|\[[^\[\]]*\])*")
 OPEN_TAG = re.compile(r"[<\[][^>\]]*\Z")
 """The beginning of a tag: two texts that part inside one have that much in common by chance."""
 
@@ -70,19 +74,22 @@ class Conversation:
         return [self._turn(number) for number in turns]
 
     def _marked(self, number: int) -> list[Span]:
-        """The blocks of one turn: those that the messages before it do not have."""
-        first, last = (self._blocks(end) for end in (number, number + 1))
+        """The blocks of one turn: those before the next turn that are not before this one."""
+        following = (at for at in range(number + 1, len(self._messages)) if self._is_answer(at))
+        first, last = self._blocks(number), self._blocks(next(following, len(self._messages)))
         return [span for span in self._whole[1][first:last] if span[0] < span[1]]
 
     def _blocks(self, end: int) -> int:
         """How many `{% generation %}` blocks the messages before `end` have."""
-        roles = [message.get("role") for message in self._messages]
-        answers = roles[:end].count("assistant")
-        if len(self._whole[1]) == roles.count("assistant"):  # one each
-            return answers
-        if answers == 0 or end == len(roles):
-            return len(self._whole[1]) if answers else 0
+        blocks, answers = len(self._whole[1]), list(map(self._is_answer, range(len(self._messages))))
+        if blocks == sum(answers) or not any(answers[:end]):  # one each
+            return sum(answers[:end])
+        if end == len(answers):
+            return blocks
         return len(self._template.render_marked(self._messages[:end], *self._given)[1])
+
+    def _is_answer(self, number: int) -> bool:
+        return self._messages[number].get("role") == "assistant"
 
     def _turn(self, number: int) -> Span:
         if number not in self._turns:
@@ -105,8 +112,7 @@ class Conversation:
         return start
 
     def _turn_before(self, number: int) -> int | None:
-        turns = (at for at in range(number - 1, -1, -1) if self._messages[at].get("role") == "assistant")
-        return next(turns, None)
+        return next((at for at in range(number - 1, -1, -1) if self._is_answer(at)), None)
 
     def _between(self, before: int, number: int) -> str:
         """What a prompt has behind the turn before it: the messages between, and the generation prompt."""
@@ -126,57 +132,62 @@ class Conversation:
             raise self._not_prefix_preserving(number, alone)
         turn = alone[begin:]
         for written in (turn, turn.removesuffix(self._template.eos_token)):
-            if written and text.startswith(written, start):
-                return start + len(written)
-        kept = max(_kept(text, start, turn), _kept(text, start, turn.removesuffix(self._template.eos_token)))
-        if not kept:
+            if length := _same(text, start, written):
+                return start + length
+        stem = LAST_TAG.sub("", turn)  # gpt-oss ends the last turn with another token than the turns before it
+        tag = TAG.match(text, start + _same(text, start, stem))
+        if tag is None or not stem or tag.start() == start:
             raise self._not_prefix_preserving(number + 1, alone)
-        return start + kept
+        return tag.end()
 
     def _behind(self, text: str, prompt: str, number: int) -> int | None:
         """Where a prompt ends in a text that begins with it. The two may part within the generation prompt, which may
         open a thinking block that a recorded answer does not have: then that place. None: they part earlier."""
         if text.startswith(prompt):
             return len(prompt)
-        begin = len(prompt) - len(self._opening(prompt, self._beginning(number)))
-        shared = _shared(text, prompt)
-        common = OPEN_TAG.sub("", prompt[begin:shared]) if shared > begin else ""
-        return begin + len(common) if common else None
+        begin = len(prompt) - len(self._opening(number))
+        at = begin + len(OPEN_TAG.sub("", prompt[begin : _shared(text, prompt)]))
+        return at if at > begin and ONLY_TAGS.fullmatch(prompt, at) else None
 
-    def _opening(self, prompt: str, plain: str) -> str:
-        """The generation prompt: what a rendering with it has more than one without."""
+    def _opening(self, number: int) -> str:
+        """The generation prompt behind the messages before `number`."""
+        prompt, plain = self._beginning(number, prompt=True), self._beginning(number)
         for closed in (plain, plain.removesuffix(self._template.eos_token)):
             if prompt.startswith(closed):
                 return prompt[len(closed) :]
         return ""
 
     def _prompt(self, number: int) -> str:
-        """The messages before a turn, and the generation prompt. Templates that refuse messages without a question
-        render one that begins with an answer all the same: then it ends with the whole's first generation prompt."""
-        try:
+        """The messages before a turn, and the generation prompt. For an answer that no question precedes, which templates
+        render in their own ways: the whole up to its first generation prompt."""
+        if any(message.get("role") == "user" for message in self._messages[:number]):
             return self._beginning(number, prompt=True)
-        except ValueError as error:
-            asked = any(message.get("role") == "user" for message in self._messages[:number])
-            everything = "" if asked else self._beginning(len(self._messages), prompt=True)
-            opening = self._opening(everything, self.text)
-            before, found, _ = self.text.partition(opening or self.text)
-            if not opening or not found:
-                raise UserError(
-                    f"chat template of {self._template.where}: which characters the assistant wrote cannot be told, "
-                    f"because the template renders the whole conversation, and refuses its first {number} messages: "
-                    f"{error}. {REMEDY}"
-                ) from error
-            return before + found
+        with suppress(UserError):
+            prompt = self._beginning(number, prompt=True)
+            if self._behind(self.text, prompt, number) is not None:
+                return prompt
+        asked = (at for at in range(number + 1, len(self._messages)) if self._is_answer(at))
+        later = next(asked, len(self._messages))
+        opening = self._opening(later)
+        before, found, _ = self.text.partition(opening or self.text)
+        return before + found if opening else self._beginning(number, prompt=True)
 
     def _beginning(self, end: int, *, prompt: bool = False) -> str:
-        """The messages before `end`, rendered by themselves."""
+        """The messages before `end`, rendered by themselves. Raises UserError where the template refuses them."""
         if (end, prompt) not in self._beginnings:
             self._beginnings[end, prompt] = (
-                self.text
-                if end == len(self._messages) and not prompt
-                else self._template.render(self._messages[:end], *self._given, add_generation_prompt=prompt)
+                self.text if end == len(self._messages) and not prompt else self._render_beginning(end, prompt)
             )
         return self._beginnings[end, prompt]
+
+    def _render_beginning(self, end: int, prompt: bool) -> str:
+        try:
+            return self._template.render(self._messages[:end], *self._given, add_generation_prompt=prompt)
+        except ValueError as error:
+            raise UserError(
+                f"chat template of {self._template.where}: which characters the assistant wrote cannot be told, because "
+                f"the template renders the whole conversation, and refuses its first {end} messages: {error}. {REMEDY}"
+            ) from error
 
     def _not_prefix_preserving(self, number: int, beginning: str) -> UserError:
         at = _shared(self.text, beginning)
@@ -204,10 +215,13 @@ def _shared(first: str, second: str) -> int:
     return low
 
 
-def _kept(text: str, start: int, turn: str) -> int:
-    """Length of the longest end of `turn` that stands at `start` of `text`."""
-    head = text[start : start + HEAD_CHARACTERS]
-    at = turn.find(head) if head else -1
-    while at >= 0 and not text.startswith(turn[at:], start):
+def _same(text: str, start: int, turn: str) -> int:
+    """Length of what stands at `start` of `text` and is `turn`, or `turn` without something in its midst; 0: neither."""
+    if text.startswith(turn, start):
+        return len(turn)
+    shared = _shared(text[start : start + len(turn)], turn)
+    head = text[start + shared : start + shared + HEAD_CHARACTERS]
+    at = turn.find(head, shared) if head else -1
+    while at >= 0 and not text.startswith(turn[at:], start + shared):
         at = turn.find(head, at + 1)
-    return len(turn) - at if at >= 0 else 0
+    return shared + len(turn) - at if at >= 0 else 0
