@@ -16,6 +16,7 @@ from ..distributed.data.held_out import held_out
 from ..distributed.data.template import TextEncoder
 from ..distributed.run_directory import CHECK_REPORT
 from ..recipes.errors import FtlaunchError, UserError
+from ..recipes.formats import require_readable
 from ..recipes.load import LoadedRecipe
 from ..recipes.methods.base import Row
 from ..recipes.methods.table import build_method
@@ -112,7 +113,9 @@ class Checker:
 
     def _source(self, side: Side, name: str, source: Source, place: tuple[int, int]) -> Tally:
         index = build_index([source], [name])
-        tally = Tally(name, side, describe(side, name, source, index), index.num_rows(0))
+        row_format = index.sources[0].format
+        require_readable(row_format, self._recipe.method.type, f"source {name}")
+        tally = Tally(name, side, describe(side, name, source, index), row_format, index.num_rows(0))
         eye = Eye(index, self._recipe, self._method, self._encoder)
         number, sources = place
         for glimpse in look_at(eye, self._options.rows, self._options.seed):
@@ -126,7 +129,8 @@ class Checker:
 
     def _note(self, side: Side, looked: Looked, tally: Tally) -> None:
         """Everything there is to say about a row."""
-        for note in row_notes(looked, self._vocabulary, self._recipe.data.sequence_length):
+        length = self._recipe.data.sequence_length
+        for note in row_notes(looked, tally.row_format, self._vocabulary, length):
             tally.notes.add(looked.row, note)
         if looked.values is not None:
             row_side = self._side(side, looked.values, tally)

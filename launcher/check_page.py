@@ -101,7 +101,7 @@ def _tiles(result: Result) -> list[Tile]:
 def _source_cells(tally: Tally, seed: int) -> tuple[str, str, list[str]]:
     """(name, how much of it was looked at, cells in the order of the template's headings)."""
     cells = [
-        f"{tally.side}, {tally.plan.format}",
+        f"{tally.side}, {tally.row_format}",
         units.count(tally.plan.files),
         units.size(tally.plan.bytes),
         units.count(tally.estimated_rows),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from re import Pattern
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..distributed.data.pack import NO_TARGETS_LEFT, OVERLONG
 from ..distributed.data.template import TextEncoder
-from ..recipes.methods.base import Rejected, Row, Sample
+from ..recipes.messages import Message
+from ..recipes.methods.base import Rejected, Sample
+from ..recipes.rows import Completion, Conversation, Parsed, parse_row
+from ..recipes.schema import RowFormat
 from .check_copies import first_target
 from .check_findings import Note
 from .check_text import any_of, pieces, text_notes
@@ -26,7 +28,8 @@ LOOP_PERIODS = range(1, 9)
 CJK = "\u2e80"
 """From here on scripts know no blanks between words."""
 
-SIDES: Mapping[Any, str] = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+SIDES = ("user", "assistant")
+"""They take turns; systems and tools may speak several times in a row."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,14 @@ class Vocabulary:
         )
 
 
-def row_notes(looked: Looked, vocabulary: Vocabulary, sequence_length: int) -> Iterator[Note]:
+def row_notes(looked: Looked, row_format: RowFormat, vocabulary: Vocabulary, sequence_length: int) -> Iterator[Note]:
     """Everything about one row that does not need the others."""
     yield from fit_notes(looked, sequence_length)
     if looked.values is None:
         return
     yield from text_notes(list(pieces(looked.values)), vocabulary.special_texts)
     if looked.sample is not None:
-        for check in VALUE_CHECKS:
-            yield from check(looked.values)
+        yield from parsed_notes(parse_row(looked.values, row_format))
         yield from sample_notes(looked.sample, vocabulary)
 
 
@@ -94,46 +96,44 @@ def _rejection(rejected: Rejected, sample: Sample | None, sequence_length: int) 
 # --- turns --------------------------------------------------------------------------------------------------------
 
 
-def _turn_notes(values: Row) -> Iterator[Note]:
-    """About the turns of a conversation."""
-    turns = [turn for turn in values.get("messages") or () if isinstance(turn, Mapping)]
-    sides = [SIDES.get(turn.get("role"), "other") for turn in turns]
-    if not turns:
-        return
-    if sides[-1] == "user":
-        yield Note("ends-without-answer", f"{len(turns)} turns, the last one by {turns[-1].get('role')}")
-    for number, (before, after) in enumerate(itertools.pairwise(sides), start=1):
-        if before == after != "other":
-            yield Note("repeated-role", f"messages[{number - 1}] and messages[{number}] are both by {after}")
-            break
-    blank = (number for number, turn in enumerate(turns) if sides[number] == "assistant" and _is_blank(turn))
+def parsed_notes(row: Parsed) -> Iterator[Note]:
+    """About what is asked and answered, whatever format it is written in."""
+    match row:
+        case Completion():
+            yield from _completion_notes(row)
+        case Conversation():
+            yield from _conversation_notes(row.messages)
+
+
+def _conversation_notes(turns: Sequence[Message]) -> Iterator[Note]:
+    roles = [turn["role"] for turn in turns]
+    if roles[-1] == "user":
+        yield Note("ends-without-answer", f"{len(turns)} turns")
+    pairs = enumerate(itertools.pairwise(roles))
+    if (twice := next((number for number, (one, next_) in pairs if one == next_ in SIDES), None)) is not None:
+        yield Note("repeated-role", f"turns {twice} and {twice + 1} are both by {roles[twice]}")
+    blank = (number for number, turn in enumerate(turns) if roles[number] == "assistant" and _is_blank(turn))
     if (first := next(blank, None)) is not None:
-        yield Note("blank-turn", f"messages[{first}]")
-
-
-def _is_blank(turn: Mapping[str, Any]) -> bool:
-    content = turn.get("content")
-    return not (content.strip() if isinstance(content, str) else content) and not turn.get("tool_calls")
-
-
-def _prompt_notes(values: Row) -> Iterator[Note]:
-    """About a prompt and its completion."""
-    prompt, completion = values.get("prompt"), values.get("completion")
-    if not isinstance(completion, str):
-        return
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        yield Note("blank-turn", f"turn {first}")
+    before = turns[: roles.index("assistant")] if "assistant" in roles else turns
+    if all(_is_blank(turn) for turn in before):
         yield Note("missing-prompt")
-    elif isinstance(prompt, str) and _is_letter(prompt[-1]) and _is_letter(completion[:1]):
-        yield Note("glued", f"…{prompt[-12:]}{completion[:12]}…")
+
+
+def _is_blank(turn: Message) -> bool:
+    return not (turn.get("content") or "").strip() and not turn.get("tool_calls")
+
+
+def _completion_notes(row: Completion) -> Iterator[Note]:
+    if not row.prompt.strip() and not row.documents:
+        yield Note("missing-prompt")
+    elif _is_letter(row.prompt[-1:]) and _is_letter(row.completion[:1]):
+        yield Note("glued", f"…{row.prompt[-12:]}{row.completion[:12]}…")
 
 
 def _is_letter(character: str) -> bool:
     """True in scripts that part words by blanks."""
     return character.isalnum() and character < CJK
-
-
-VALUE_CHECKS: tuple[Callable[[Row], Iterator[Note]], ...] = (_turn_notes, _prompt_notes)
-"""Each knows the columns of one family of formats, and has nothing to say about others."""
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..distributed.data.logical import SPLITTABLE
+from ..recipes.formats import REQUIRED
 from ..recipes.methods.base import RowId, Sample
+from ..recipes.schema import RowFormat
 from .check_copies import Side, answer_digest
 from .check_findings import Collector, Finding, Note, about
 from .check_rows import Vocabulary, ends_in_special
@@ -41,6 +43,7 @@ class Tally:
     name: str
     side: Side
     plan: SourcePlan
+    row_format: RowFormat
     known_rows: int | None
     rows: int = 0
     complete: bool = False
@@ -69,7 +72,7 @@ class Tally:
             return
         self.rows += 1
         self.read_bytes += glimpse.num_bytes
-        self.blank.update(_blank_columns(looked.values or {}))
+        self.blank.update(_blank_columns(looked.values or {}, self.row_format))
         if looked.sample is not None:
             self.lengths.append(len(looked.sample))
             self.places.append(looked.row)
@@ -90,7 +93,7 @@ class Tally:
     @property
     def is_split(self) -> bool:
         """Long rows are split, so that nothing of them is lost."""
-        return self.plan.format in SPLITTABLE
+        return self.row_format in SPLITTABLE
 
     @property
     def tokens(self) -> int:
@@ -129,8 +132,10 @@ class Tally:
         return [*self.notes.findings(self.rows), *(finding for rule in SOURCE_RULES for finding in rule(self))]
 
 
-def _blank_columns(values: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in values.items() if value is None or (isinstance(value, str) and not value.strip())]
+def _blank_columns(values: Mapping[str, Any], row_format: RowFormat) -> list[str]:
+    """Columns that the format needs and the row leaves blank."""
+    needed = [(name, values.get(name)) for name in REQUIRED[row_format]]
+    return [name for name, value in needed if value is None or (isinstance(value, str) and not value.strip())]
 
 
 def _outliers(lengths: Sequence[int], places: Sequence[RowId]) -> Iterator[tuple[RowId, Note]]:

@@ -54,7 +54,7 @@ def verdict(findings: Sequence[Finding]) -> Text:
 
 def source_lines(tally: Tally, seed: int) -> Iterator[Text]:
     """A source's figures."""
-    yield Text(f"\n{tally.name} ({tally.side}, {tally.plan.format})", style="bold")
+    yield Text(f"\n{tally.name} ({tally.side}, {tally.row_format})", style="bold")
     files = "1 file" if tally.plan.files == 1 else f"{tally.plan.files:,} files"
     yield Text(f"  {files}, {units.size(tally.plan.bytes)}; {looked_at(tally, seed)}")
     if not tally.fitted:
@@ -202,7 +202,7 @@ def _source_json(tally: Tally) -> dict[str, Any]:
     return {
         "name": tally.name,
         "side": tally.side,
-        "format": tally.plan.format,
+        "format": tally.row_format,
         "files": tally.plan.files,
         "bytes": tally.plan.bytes,
         "rows_looked_at": tally.rows,

@@ -35,8 +35,12 @@ SAMPLE_ROWS = 1_000
 POINTS = 48
 """Places at which a source is looked into; each costs a read of a whole block."""
 
-AHEAD = 4
-"""Blocks that are read while another is looked at."""
+READ_BYTES = 2**30
+"""Large blocks (pandas writes whole files as one) are looked into at fewer places, so that about this much is read."""
+
+LEAST_POINTS = 4
+AHEAD, AHEAD_BYTES = 4, 64 * 2**20
+"""Blocks that are read while another is looked at, and their stored bytes."""
 
 
 class Fault(NamedTuple):
@@ -161,8 +165,10 @@ def _sample(eye: Eye, limit: int, seed: int) -> Iterator[Chosen]:
 def row_quotas(index: Index, limit: int, seed: int) -> dict[int, int]:
     """Rows to take from each block: points are set at random within equal stretches of all bytes (stratified sampling),
     and each gives the same number of rows, so that long files are looked at more than short ones."""
-    points, used = min(limit, POINTS), index.used_blocks
+    used = index.used_blocks
     ends = np.cumsum(index.order_bytes[used])
+    affordable = max(LEAST_POINTS, READ_BYTES // max(1, int(ends[-1]) // len(used)))
+    points = min(limit, POINTS, affordable)
     places = (np.arange(points) + np.random.default_rng(seed).random(points)) * (int(ends[-1]) / points)
     blocks = used[np.minimum(np.searchsorted(ends, places, side="right"), len(used) - 1)]
     rows = np.full(points, limit // points) + (np.arange(points) < limit % points)
@@ -170,19 +176,22 @@ def row_quotas(index: Index, limit: int, seed: int) -> dict[int, int]:
 
 
 def _read_ahead(eye: Eye, numbers: Iterable[int]) -> Iterator[tuple[int, Block | Fault]]:
-    """The blocks, a few of them read in the background."""
-    waiting: deque[tuple[int, Future[Block]]] = deque()
+    """The blocks, a few of them read in the background; big ones are not."""
+    waiting: deque[tuple[int, list[Future[Block]]]] = deque()
+    ahead_bytes = 0
     for number in numbers:
-        waiting.append((number, eye.blocks.prefetch([number])[0]))
-        if len(waiting) > AHEAD:
-            yield _arrived(*waiting.popleft())
+        ahead_bytes += int(eye.index.order_bytes[number])
+        waiting.append((number, eye.blocks.prefetch([number])))
+        while len(waiting) > AHEAD or (waiting and ahead_bytes > AHEAD_BYTES):
+            ahead_bytes -= int(eye.index.order_bytes[waiting[0][0]])
+            yield _arrived(eye, waiting.popleft()[0])
     while waiting:
-        yield _arrived(*waiting.popleft())
+        yield _arrived(eye, waiting.popleft()[0])
 
 
-def _arrived(number: int, future: Future[Block]) -> tuple[int, Block | Fault]:
+def _arrived(eye: Eye, number: int) -> tuple[int, Block | Fault]:
     try:
-        return number, future.result()
+        return number, eye.blocks.get(number)
     except UserError as error:
         return number, Fault("unreadable-file", str(error))
 

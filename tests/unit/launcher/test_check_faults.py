@@ -88,11 +88,37 @@ GOOD_PAIRS = [
     {"prompt": f"{n} {row['text']}\n", "completion": row["text"]} for n, row in enumerate(text_rows(30, words=(3, 9)))
 ]
 
+GOOD_TEXTS = [{"text": f"text {n} alpha beta gamma delta epsilon zeta eta theta iota kappa"} for n in range(40)]
 TEXTS: tuple[Fault, ...] = (
     Fault("very-long", {"text": " ".join(f"number {n}" for n in range(900))}),
     Fault("very-short", {"text": "a"}),
     Fault("split", {"text": " ".join(f"figure {n}" for n in range(99))}),
 )
+
+SHARED: tuple[Fault, ...] = (
+    Fault("repeated-role", {"conversations": [{"from": by, "value": by} for by in ("human", "gpt", "gpt")]}),
+    Fault("ends-without-answer", {"conversations": [{"from": by, "value": "hm"} for by in ("human", "gpt", "human")]}),
+    Fault("malformed-row", {"conversations": [{"from": "nobody", "value": "boo"}]}),
+)
+GOOD_SHARED = [
+    {"conversations": [{"from": by, "value": f"{by} says {n}"} for by in ("human", "gpt")]} for n in range(9)
+]
+
+TOLD: tuple[Fault, ...] = (
+    Fault("nothing-learned", {"instruction": "be silent", "input": "", "output": " "}),
+    Fault("missing-prompt", {"instruction": "", "input": " ", "output": "an answer to nothing"}),
+    Fault("malformed-row", {"instruction": ["a", "list"], "output": "no"}),
+)
+GOOD_TOLD = [{"instruction": f"add one to {n}", "input": "", "output": f"{n + 1}"} for n in range(9)]
+
+ROWS = (
+    ("chat", FIRST, CHAT),
+    ("pairs", GOOD_PAIRS, PAIRS),
+    ("texts", GOOD_TEXTS, TEXTS),
+    ("shared", GOOD_SHARED, SHARED),
+    ("told", GOOD_TOLD, TOLD),
+)
+"""(source, its good rows, the faulty ones behind them)."""
 
 SOURCES = (
     ("unreadable-file", "letters"),  # one of its two files is cut off
@@ -106,6 +132,7 @@ SOURCES = (
     ("teaches-nothing", "silent"),
     ("unreadable-source", "gone"),
     ("unreadable-source", "odd"),  # its second file lacks the column
+    ("unreadable-source", "choices"),  # in a format that the method does not learn from
 )  # fmt: skip
 """Faults that are of a source, or are found by comparing sources."""
 
@@ -127,13 +154,9 @@ def write_model(folder: Path) -> None:
 
 def write_data(folder: Path) -> None:
     """All the sources, each with its faults behind its good rows."""
-    write_lines(folder / "chat.jsonl", FIRST, CHAT)
-    write_lines(folder / "pairs.jsonl", GOOD_PAIRS, PAIRS)
-    write_lines(
-        folder / "texts.jsonl",
-        [{"text": f"text {n} alpha beta gamma delta epsilon zeta eta theta iota kappa"} for n in range(40)],
-        TEXTS,
-    )
+    for name, good, faults in ROWS:
+        write_lines(folder / f"{name}.jsonl", good, faults)
+    write_jsonl(folder / "choices.jsonl", [{"prompt": "a or b?", "chosen": "b", "rejected": "a"}])
     (folder / "letters").mkdir()
     whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in text_rows(9, seed=5)))
     (folder / "letters" / "1.jsonl.gz").write_bytes(whole)
@@ -157,13 +180,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = [
         {"path": "chat.jsonl", "format": "chat"},
         {"path": "pairs.jsonl"},
+        {"path": "shared.jsonl"},
+        {"path": "told.jsonl"},
         {"path": "texts.jsonl"},
         {"path": "letters", "format": "text"},
         {"path": "blank.parquet"},
         {"path": "labels.jsonl"},
         {"path": "essays.jsonl"},
     ]
-    evaluated = [{"path": path} for path in ("held-out.jsonl", "silent.jsonl", "gone.jsonl", "odd")]
+    evaluated = [{"path": path} for path in ("held-out.jsonl", "silent.jsonl", "gone.jsonl", "odd", "choices.jsonl")]
     for source in [*train, *evaluated]:
         source["path"] = str(folder / source["path"])
     recipe = {
@@ -199,13 +224,10 @@ def named(found: dict[str, Any], code: str, source: str) -> set[str]:
 
 
 def test_every_planted_row_is_found(found):
-    planted = [(fault, "chat", len(FIRST) + n) for n, fault in enumerate(CHAT)]
-    planted += [(fault, "pairs", len(GOOD_PAIRS) + n) for n, fault in enumerate(PAIRS)]
-    planted += [(fault, "texts", 40 + n) for n, fault in enumerate(TEXTS)]
-    missed = [
-        (fault.code, source, row) for fault, source, row in planted if str(row) not in named(found, fault.code, source)
+    planted = [
+        (fault.code, source, len(good) + number) for source, good, faults in ROWS for number, fault in enumerate(faults)
     ]
-    assert missed == []
+    assert [each for each in planted if str(each[2]) not in named(found, *each[:2])] == []
 
 
 def test_every_planted_fault_of_a_source_is_found(found):
@@ -215,10 +237,10 @@ def test_every_planted_fault_of_a_source_is_found(found):
 
 def test_good_rows_are_accused_of_nothing(found):
     """But for those that a planted row was copied from, whose copies come later."""
-    for source, good in (("chat", len(FIRST)), ("pairs", len(GOOD_PAIRS)), ("texts", 40)):
+    for source, good, _ in ROWS:
         findings = [each for each in found["findings"] if each["where"] == source]
         rows = {int(row["row"].rpartition("row ")[2]) for each in findings for row in each["rows"]}
-        assert [row for row in rows if row < good] == []
+        assert [row for row in rows if row < len(good)] == []
 
 
 def test_copies_name_their_originals(found):
