@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=int, nargs="+", default=[300, 30], choices=sorted(SIZES))
     parser.add_argument("--turn-s", type=float, default=6.0, help="seconds of measured steps in a turn")
     options = parse(parser)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # frozen sides would outlive it
     results: list[Table] = []
     settings = {}
     with tempfile.TemporaryDirectory(prefix="step-overhead-") as place:
