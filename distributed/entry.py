@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,8 +115,8 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
         with group.peers.together("opening the logs"):
             if job.world.is_main:
                 recorder = Recorder.open(job.loaded, attempt, job.monitor)
-        run = _build(job, group, attempt, recorder)
-        with closing(run.stream):
+        with ExitStack() as resources:
+            run = _build(job, group, attempt, recorder, resources)
             outcome = train(run)
         if outcome == "interrupted":
             ending = "interrupted", ""
@@ -135,14 +135,14 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
             attempt.run.finish_attempt(attempt.number, *ending)
 
 
-def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) -> Run:
-    """Everything a rank trains with, in the order in which mistakes are cheapest to find."""
+def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, resources: ExitStack) -> Run:
+    """Everything a rank trains with, in the order in which mistakes are cheapest to find. `resources` closes it."""
     recipe, world = _pinned(job.loaded.recipe, attempt), job.world
     say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
     say("reading the data's index")
     folder = _find_folder(recipe, attempt, group)
     method = build_method(recipe.method)
-    data = open_data(recipe, folder, method, attempt, group)
+    data = resources.enter_context(closing(open_data(recipe, folder, method, attempt, group)))
     if recorder:
         for note in data.notes():
             recorder.message(note)
@@ -151,7 +151,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None) 
     engine = prepare(built, recipe, world)
     state = _load(recipe, built, engine, folder, attempt, group)
     extent, states = _where(state, data, recorder)
-    stream = group.alike(lambda: data.training_stream(states), "opening the training data")
+    stream = group.alike(lambda: data.training_stream(states), "continuing the training data")
     _probe(recipe, built, engine, group, recorder)
     evaluator = Evaluator(
         group=group,

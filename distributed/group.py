@@ -80,7 +80,7 @@ def start(world: World, rendezvous: str) -> Group:
     if world.device.startswith("cuda"):
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), _cores() // world.local_size)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // world.local_size)))
     if world.size == 1:
         dist.init_process_group(
             backend,
@@ -103,5 +103,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

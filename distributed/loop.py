@@ -53,7 +53,11 @@ class StepTotals:
     num_bins: int
     num_tokens: int
     served_bytes: int
+    read_bytes: int
+    needed_bytes: int
     stop: bool
+    data_wait_s: float
+    """Until every rank had its data, as this rank saw it."""
 
 
 def train(run: Run) -> str:
@@ -86,7 +90,7 @@ def _steps(run: Run) -> str:
         rate = learning_rate(run.recipe.train, run.extent, after, run.stream.total_bytes)
         loss, norm = _optimizer_step(run, batches, totals, rate)
         run.extent = after
-        _record(run, batches, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
+        _record(run, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
         if _is_due(run.recipe.evaluate.every_steps, after.steps):
             run.evaluator.measure(after.steps)
         if run.evaluator.has_new_best() or _is_due(run.recipe.checkpoint.every_steps, after.steps):
@@ -129,10 +133,15 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
     def read() -> tuple[StepBatches, list[float]]:
         step = run.stream.next_step()
         weight = sum(run.method.weight(micro.batch) for micro in step.micro_batches)
-        return step, [weight, step.num_bins, step.num_tokens, step.served_bytes, run.monitor.stop_requested()]
+        counted = step.num_bins, step.num_tokens, step.served_bytes, step.read_bytes, step.needed_bytes
+        return step, [weight, *counted, run.monitor.stop_requested()]
 
-    batches, sums = run.group.act_and_sum(read, width=5, doing="reading training data")
-    totals = StepTotals(sums[0], int(sums[1]), int(sums[2]), int(sums[3]), stop=bool(sums[4]))
+    watch = Stopwatch()
+    batches, [weight, *sums, stop] = run.group.act_and_sum(read, width=7, doing="reading training data")
+    num_bins, num_tokens, served_bytes, read_bytes, needed_bytes = map(int, sums)
+    totals = StepTotals(
+        weight, num_bins, num_tokens, served_bytes, read_bytes, needed_bytes, stop=bool(stop), data_wait_s=watch.lap()
+    )
     if totals.num_bins and not totals.weight:
         raise UserError(f"step {run.extent.steps + 1}: no token of the whole global batch is supervised.")
     return batches, totals
@@ -187,7 +196,7 @@ def _stop_at_nan(
     )
 
 
-def _record(run: Run, batches: StepBatches, totals: StepTotals, values: dict[str, float]) -> None:
+def _record(run: Run, totals: StepTotals, values: dict[str, float]) -> None:
     if run.recorder is None:
         return
     run.recorder.step(
@@ -198,7 +207,9 @@ def _record(run: Run, batches: StepBatches, totals: StepTotals, values: dict[str
             "tokens": run.extent.tokens,
             "supervised_tokens": totals.weight,
             "tokens_per_s": totals.num_tokens / values["step_s"],
-            "data_wait_s": batches.data_wait_s,
+            "data_wait_s": totals.data_wait_s,
+            "data_read_bytes": totals.read_bytes,
+            "data_needed_bytes": totals.needed_bytes,
             "memory_bytes": memory_bytes(run.group.world),
         },
     )

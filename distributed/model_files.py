@@ -75,6 +75,12 @@ class ModelFolder:
         return folder
 
 
+def template_text(chat_template: str) -> str:
+    """A template given inline, or the content of the .jinja file it names."""
+    path = Path(chat_template)
+    return path.read_text() if chat_template.endswith(".jinja") else chat_template
+
+
 def find_model(path: str, revision: str | None = None, *, weights: bool = True) -> ModelFolder:
     """The folder that `model.path` (or `model.tokenizer`) means.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ..recipes.schema import Recipe
 from . import storage
 from .model import BuiltModel
-from .model_files import ModelFolder, find_model, is_hub_id
+from .model_files import ModelFolder, find_model, is_hub_id, template_text
 
 OURS = frozenset({"config.json", "chat_template.jinja"})
 """Files that are written anew rather than copied."""
@@ -28,12 +27,6 @@ def published_files(recipe: Recipe, built: BuiltModel, folder: ModelFolder) -> d
     if recipe.model.chat_template is not None:
         files["chat_template.jinja"] = template_text(recipe.model.chat_template).encode()
     return files
-
-
-def template_text(chat_template: str) -> str:
-    """A template given inline, or the content of the .jinja file it names."""
-    path = Path(chat_template)
-    return path.read_text() if chat_template.endswith(".jinja") else chat_template
 
 
 def _model_config(recipe: Recipe, built: BuiltModel) -> dict[str, Any]:

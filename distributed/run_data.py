@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..recipes.errors import UserError
-from ..recipes.methods.base import Method, Rejected, Row, Sample
-from ..recipes.schema import EvalSplit, Recipe, RowFormat
+from ..recipes.methods.base import Method
+from ..recipes.schema import EvalSplit, Recipe
 from .attempt import Attempt
-from .data.evaluation import EvalBatches
 from .data.epoch_again import EpochAgain, begin_epoch_again
+from .data.evaluation import EvalBatches
 from .data.index import Index
 from .data.lane_plan import plan_lanes
 from .data.parts import MicroBatch
-from .data.stream import Stream, open_stream
-from .data.template import load_tokenizer
+from .data.stream import Stream, open_stream, usual_readers
 from .evaluate import Reader
-from .group import Group
+from .group import Group, cores
 from .indexing import digest_of, eval_index, index_data, load_index, train_index
 from .model_files import ModelFolder
-from .published import template_text
+from .row_encoder import RowEncoder, open_encoder, spec_of
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -31,44 +30,21 @@ class RunData:
 
     recipe: Recipe
     method: Method
-    encoder: Any
     attempt: Attempt
     group: Group
     train: Index
     eval: Index | None
     digest: str
-    vocabulary: int | None
-    """Tokens that the model knows; None: its configuration does not say."""
-
-    def encode(self, row: Row, row_format: RowFormat) -> Sample | Rejected:
-        """A row as the method learns from it. Raises UserError for a token that the model has no embedding of: some
-        tokenizers hold a few more, so only those in use matter."""
-        encoded = self.method.encode(row, row_format, self.encoder)
-        if isinstance(encoded, Sample) and self.vocabulary is not None:
-            largest = int(encoded.input_ids.max(initial=0))
-            if largest >= self.vocabulary:
-                raise UserError(
-                    f"model.tokenizer: token {largest} ({self.encoder.decode([largest])!r}) is in the data, and the "
-                    f"model knows {self.vocabulary} tokens (vocab_size in config.json). Take its own tokenizer."
-                )
-        return encoded
+    encode: RowEncoder
+    stream: Stream
+    """Open from the start, so that reader processes come up while the model is built."""
 
     def training_stream(self, states: Mapping[str, Any] | None) -> Stream:
-        """This rank's stream, at its beginning or where `states` (of all ranks) were taken."""
-        stream = open_stream(
-            index=self.train,
-            recipe=self.recipe,
-            world_rank=self.group.world.rank,
-            world_size=self.group.world.size,
-            streams=self.attempt.streams,
-            encode=self.encode,
-            collate=self.method.collate,
-            # Compiled blocks are made anew for every shape.
-            pad_to_full=self.recipe.train.compile,
-        )
+        """This rank's stream, reading from its beginning on or from where `states` (of all ranks) were taken."""
         if states is not None:
-            stream.restore(states)
-        return stream
+            self.stream.restore(states)
+        self.stream.begin()
+        return self.stream
 
     def begin_epoch_again(self, states: Mapping[str, Any]) -> EpochAgain:
         """Where the streams go on when the files are no longer those that `states` were taken on."""
@@ -83,6 +59,10 @@ class RunData:
         for info, source in zip(infos, (*data.train, *held_out), strict=True):
             if source.format is None:
                 yield f"source {info.name}: its rows are read as {info.format}, which its columns fit"
+
+    def close(self) -> None:
+        """End the readers."""
+        self.stream.close()
 
     def eval_sets(self) -> dict[str, Reader]:
         """Readers of the held-out sets by name."""
@@ -118,17 +98,39 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
     """Find, index and verify the data on rank 0, and open it on every rank. Raises UserError."""
     group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
     train, evals = train_index(recipe.data), eval_index(recipe.data)
-    template = None if recipe.model.chat_template is None else template_text(recipe.model.chat_template)
+    train_blocks = load_index(attempt.run, train)
+    encode = open_encoder(spec_of(recipe, folder, now=attempt.started_at))
+    stream = group.alike(
+        partial(_open_stream, recipe, train_blocks, encode, method, attempt, group.world), "opening the training data"
+    )
     return RunData(
         recipe=recipe,
         method=method,
-        encoder=load_tokenizer(
-            recipe.model.tokenizer or folder.url, recipe.model.revision, template, now=attempt.started_at
-        ),
         attempt=attempt,
         group=group,
-        train=load_index(attempt.run, train),
+        train=train_blocks,
         eval=load_index(attempt.run, evals) if evals.sources else None,
-        digest=digest_of(train, load_index(attempt.run, train)),
-        vocabulary=folder.config.get("text_config", folder.config).get("vocab_size"),
+        digest=digest_of(train, train_blocks),
+        encode=encode,
+        stream=stream,
+    )
+
+
+def _open_stream(
+    recipe: Recipe, index: Index, encode: RowEncoder, method: Method, attempt: Attempt, world: World
+) -> Stream:
+    asked = recipe.data.reader_processes
+    usual = usual_readers(cores() // world.local_size, on_gpu=world.device != "cpu")
+    return open_stream(
+        index=index,
+        recipe=recipe,
+        world_rank=world.rank,
+        world_size=world.size,
+        streams=attempt.streams,
+        encode=encode,
+        collate=method.collate,
+        # Compiled blocks are made anew for every shape.
+        pad_to_full=recipe.train.compile,
+        reader_processes=usual if asked is None else asked,
+        node_key=f"{attempt.run.url} attempt {attempt.number}",
     )

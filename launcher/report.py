@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import units
+from .bottleneck import data_bottleneck
 from .charts import Series, line_chart
 from .page import render_template
 from .record import Counts, Record, before_and_after, series
@@ -32,6 +33,7 @@ def render_report(record: Record, *, name: str, state: str, recipe_text: str) ->
         "report.html.j2",
         name=name,
         state=state,
+        bottleneck=data_bottleneck(record),
         tiles=_tiles(record),
         charts=charts,
         comparison=_comparison(record),

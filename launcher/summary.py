@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..distributed import storage
 from . import units
+from .bottleneck import data_bottleneck
 from .record import Record, before_and_after
 from .report import change
 
@@ -23,7 +24,8 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 @dataclass(frozen=True)
 class Summary:
     """`checkpoint` is the URL of the newest one (empty: none), `losses` name -> (before, after), `run` what the user
-    calls the run, `rejected` rows of the `rows` read by the reason why nothing was learned from them."""
+    calls the run, `rejected` rows of the `rows` read by the reason why nothing was learned from them, `bottleneck` what
+    is said when data held the run up."""
 
     run: str
     checkpoint: str
@@ -34,6 +36,7 @@ class Summary:
     report: str
     rows: int
     rejected: dict[str, int]
+    bottleneck: str | None
 
 
 def summarise(record: Record, *, run: str, checkpoint: str, report: str) -> Summary:
@@ -48,6 +51,7 @@ def summarise(record: Record, *, run: str, checkpoint: str, report: str) -> Summ
         report=report,
         rows=sum(counts.rows for counts in record.data.values()),
         rejected=dict(sum((Counter(counts.rejected) for counts in record.data.values()), Counter())),
+        bottleneck=data_bottleneck(record),
     )
 
 
@@ -74,6 +78,8 @@ def _figures(summary: Summary) -> Text:
         ("report    ", summary.report),
     ]
     said = [Text(f"{label}  ", style="dim") + Text(value) for label, value in lines]
+    if summary.bottleneck:
+        said.append(Text("slow        ", style="dim").append(summary.bottleneck, style="yellow"))
     return Text("\n").join([*said, *([_left_out(summary)] if summary.rejected else [])])
 
 

@@ -39,6 +39,8 @@ class Model(Section):
     """Folder, URL or hub id of the tokenizer; None: the one beside the model."""
     chat_template: str | None = None
     """A Jinja template, or the path of a .jinja file; None: the tokenizer's own."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Variables of the chat template, as {enable_thinking: false}; one that the template does not use is an error."""
     train_layers: tuple[str, ...] = ()
     """Shell-style patterns of parameter names to train (`model.layers.3?.*`); empty: all. Not with an adapter."""
 
@@ -63,9 +65,10 @@ class Sft(Section):
     """Supervised fine-tuning: cross-entropy on the tokens that the model shall learn to write."""
 
     type: Literal["sft"] = "sft"
-    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Which tokens of a chat are supervised. A prompt/completion row always supervises its completion, or with
-    `all` everything; a text row everything."""
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    """Which tokens of a chat are supervised: every turn of the assistant, its last one, those after the last question, or
+    all tokens. A message's own `weight`, `train` or `training` of 0 leaves it out. A prompt/completion row always
+    supervises its completion, or with `all` everything; a text row everything."""
 
 
 class Cpt(Section):
@@ -75,7 +78,15 @@ class Cpt(Section):
 
 
 RowFormat = Literal[
-    "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "binary_preference", "ranking"
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "tokenized",
+    "preference",
+    "binary_preference",
+    "ranking",
 ]
 
 
@@ -144,6 +155,10 @@ class Data(Section):
     streams: PositiveInt | None = None
     """Logical streams the data is cut into; must divide global_batch_size. None: the largest divisor not above
     max(16, world size) at the run's first start; recorded with the run."""
+    reader_processes: NonNegativeInt | None = None
+    """Processes per rank that read and tokenise; 0: a thread of the rank's own. None: 0 on a CPU, which
+    computes on all its cores; on a GPU one for every 4 cores of the rank, at most 4. The steps are the same for any
+    number."""
 
 
 class Train(Section):

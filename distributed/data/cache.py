@@ -1,74 +1,191 @@
-"""The decoded blocks that the streams of a rank share."""
+"""The decoded blocks that the streams of a reader share, and the reads that bring them."""
 
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from .block import Block
+from .read_limit import MAX_READS, ReadLimit
 
 CACHE_BYTES = 256 * 2**20
-"""Decoded blocks that one rank keeps for a while beyond those its streams hold."""
+"""Decoded blocks that a reader keeps for a while beyond those its streams hold, and again as much read ahead."""
 
-READERS = 8
-"""Block reads in flight per rank."""
+USUAL_EXPANSION = 4.0
+"""Decoded bytes of a stored one, until some blocks have shown it."""
+
+
+@dataclass
+class _Wanted:
+    """A block that is not there yet. `ahead`: nobody waits for it; `part`: others serve the rest of it;
+    `nbytes`: how big it will be, by guess."""
+
+    block: int
+    ahead: bool
+    part: bool
+    nbytes: int
+    started: bool = False
+    future: Future[Block] = field(default_factory=Future)
 
 
 class BlockCache:
     """Decoded blocks by id. A block that any stream still holds is never decoded again, and two streams that want
-    the same one wait for one read."""
+    the same one wait for one read.
 
-    def __init__(self, read: Callable[[int], Block], max_bytes: int = CACHE_BYTES, readers: int = READERS) -> None:
+    What somebody waits for is read first. Reading ahead keeps to `max_bytes` of decoded blocks that nobody has asked
+    for yet; a block that is larger by itself is only read once it is asked for. `stored_bytes(block)` is how long a
+    block is where it lies, `read_part` how a block is read that others want too.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Block],
+        max_bytes: int = CACHE_BYTES,
+        readers: int = MAX_READS,
+        stored_bytes: Callable[[int], int] | None = None,
+        read_part: Callable[[int], Block] | None = None,
+    ) -> None:
         self._read = read
+        self._read_part = read_part or read
         self._max_bytes = max_bytes
+        self._stored_bytes = stored_bytes or (lambda _: 1)
         self._recent: OrderedDict[int, Block] = OrderedDict()
         self._recent_bytes = 0
         self._held: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
-        self._pending: dict[int, Future[Block]] = {}
-        self._lock = threading.Lock()
+        self._pending: dict[int, _Wanted] = {}
+        self._asked: deque[_Wanted] = deque()
+        self._later: deque[_Wanted] = deque()
+        self._ahead: dict[int, int] = {}  # block -> bytes, from the start of its read until it is asked for
+        self._tickets: weakref.WeakValueDictionary[int, Future[Block]] = weakref.WeakValueDictionary()  # of `_ahead`
+        self._waiting = 0
+        self._in_flight = 0
+        self._decoded, self._stored = USUAL_EXPANSION * 2**20, float(2**20)
+        self._limit = ReadLimit(most=readers)
+        self.needed_bytes = 0
+        """Stored bytes of the rows that were asked for."""
+        self._closed = False
+        self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="block-reader")
 
-    def prefetch(self, blocks: Iterable[int]) -> list[Future[Block]]:
-        """Start reading blocks that will be wanted soon. Who holds the answer holds the blocks."""
-        return [self._request(block) for block in blocks]
+    def prefetch(self, blocks: Iterable[int], parts: Collection[int] = ()) -> list[Future[Block]]:
+        """Blocks that will be wanted soon, read as far as there is room; `parts`: those of which only a part is. Who
+        holds the answer holds the blocks."""
+        with self._lock:
+            futures = [self._want(block, ahead=True, part=block in parts) for block in blocks]
+            self._start_reads()
+        return futures
+
+    def get_all(self, blocks: Iterable[int], parts: Collection[int] = (), needed_bytes: int = 0) -> list[Block]:
+        """The decoded blocks, once all are there; of `parts` only a part will be served, `needed_bytes` (stored) in
+        all. Raises what reading one raises."""
+        with self._lock:
+            self.needed_bytes += needed_bytes
+            futures = [self._want(block, ahead=False, part=block in parts) for block in blocks]
+            self._start_reads()
+            self._waiting += 1
+        try:
+            return [future.result() for future in futures]
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def get(self, block: int) -> Block:
-        """The decoded block. Raises what reading it raises."""
-        return self._request(block).result()
+        """The decoded block, of which some rows are wanted. Raises what reading it raises."""
+        return self.get_all([block], [block])[0]
 
     def close(self) -> None:
         """Stop reading."""
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _request(self, block: int) -> Future[Block]:
-        with self._lock:
-            if block in self._pending:
-                return self._pending[block]
-            known = self._held.get(block)
-            if known is not None:
-                self._keep(block, known)
-                done: Future[Block] = Future()
-                done.set_result(known)
-                return done
-            future = self._pool.submit(self._load, block)
-            self._pending[block] = future
-            return future
+    def _want(self, block: int, *, ahead: bool, part: bool) -> Future[Block]:
+        if not ahead:
+            self._ahead.pop(block, None)
+        known = self._held.get(block)
+        if known is not None:
+            self._keep(block, known)
+            done: Future[Block] = Future()
+            done.set_result(known)
+            return done
+        wanted = self._pending.get(block)
+        if wanted is None:
+            guess = int(self._stored_bytes(block) * self._decoded / self._stored)
+            wanted = self._pending[block] = _Wanted(block, ahead, part, guess)
+            (self._later if ahead else self._asked).append(wanted)
+        elif wanted.ahead and not ahead:
+            wanted.ahead = False
+            if not wanted.started:
+                self._asked.append(wanted)  # it may stand in `_later` as well, where it is passed over
+        return wanted.future
 
-    def _load(self, block: int) -> Block:
+    def _start_reads(self) -> None:
+        while not self._closed and self._in_flight < self._limit.value:
+            wanted = self._next()
+            if wanted is None:
+                return
+            wanted.started = True
+            self._in_flight += 1
+            if wanted.ahead:
+                self._ahead[wanted.block] = wanted.nbytes
+                self._tickets[wanted.block] = wanted.future
+            self._pool.submit(self._load, wanted)
+
+    def _next(self) -> _Wanted | None:
+        """What is read next: what was asked for, else what there is room for."""
+        if self._asked:
+            return self._asked.popleft()
+        while self._later:
+            first = self._later[0]
+            if first.ahead and not first.started and first.nbytes <= self._max_bytes and not self._has_room(first):
+                return None
+            self._later.popleft()
+            if first.ahead and not first.started and first.nbytes <= self._max_bytes:
+                return first
+        return None
+
+    def _has_room(self, wanted: _Wanted) -> bool:
+        if sum(self._ahead.values()) + wanted.nbytes <= self._max_bytes:
+            return True
+        # Somebody may have let go of blocks without having asked for them.
+        self._ahead = {block: nbytes for block, nbytes in self._ahead.items() if block in self._tickets}
+        return sum(self._ahead.values()) + wanted.nbytes <= self._max_bytes
+
+    def _load(self, wanted: _Wanted) -> None:
+        loaded: Block | None = None
+        failure: BaseException | None = None
         try:
-            loaded = self._read(block)
-        except BaseException:
-            with self._lock:
-                self._pending.pop(block, None)
-            raise
+            loaded = (self._read_part if wanted.part else self._read)(wanted.block)
+        except BaseException as error:  # raised where the block is asked for
+            failure = error
         with self._lock:
-            self._held[block] = loaded
-            self._keep(block, loaded)
-            self._pending.pop(block, None)
-        return loaded
+            self._finish(wanted, loaded)
+            self._start_reads()
+        if loaded is None:
+            wanted.future.set_exception(failure)
+        else:
+            wanted.future.set_result(loaded)
+
+    def _finish(self, wanted: _Wanted, loaded: Block | None) -> None:
+        del self._pending[wanted.block]
+        self._in_flight -= 1
+        if loaded is None:
+            self._ahead.pop(wanted.block, None)
+            return
+        stored = self._stored_bytes(wanted.block)
+        self._limit.done(stored, time.perf_counter(), waiting=self._waiting > 0)
+        if not wanted.part:  # those may be mapped from disk
+            self._decoded += loaded.memory_bytes
+            self._stored += stored
+        if wanted.block in self._ahead:
+            self._ahead[wanted.block] = loaded.memory_bytes
+        self._held[wanted.block] = loaded
+        self._keep(wanted.block, loaded)
 
     def _keep(self, block: int, loaded: Block) -> None:
         """Make a block the most recent one and let the oldest go."""

@@ -4,11 +4,12 @@ order takes all rows of its blocks, so a page that is skipped now would be fetch
 from __future__ import annotations
 
 import io
+import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, time
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from ..storage import FileInfo
 from .block import Block, BlockAddress, Scan
 from .kinds import kinds_of_schema
 from .memory import require_memory
+
+T = TypeVar("T")
 
 FOOTER_BYTES = 2**16
 """Read from a parquet file's end in one go; footers are usually smaller."""
@@ -32,6 +35,7 @@ class ArrowBlock:
     """Rows of an Arrow table."""
 
     def __init__(self, table: Any) -> None:
+        self.table = table
         columns = ((name, table.column(name)) for name in table.column_names)
         # Several chunks stay as they are: joined, a column of over 2 GiB of text would overflow its offsets.
         self._columns = {name: column.chunk(0) if column.num_chunks == 1 else column for name, column in columns}
@@ -39,15 +43,31 @@ class ArrowBlock:
         self.memory_bytes: int = table.nbytes
 
     def row(self, number: int) -> dict[str, Any]:
-        """One row as Python values; see `without_nulls`. Maps are dicts, dictionary-encoded values what they stand
-        for."""
-        return {
-            name: without_nulls(column[number].as_py(maps_as_pydicts="strict"))
-            for name, column in self._columns.items()
-        }
+        """One row as Python values; see `without_nulls`. Maps are dicts, dictionary-encoded values what they stand for.
+        Raises ValueError for text that is no UTF-8, and for a map with a key twice."""
+        return {name: _value(name, column[number]) for name, column in self._columns.items()}
 
     def line(self, _number: int) -> None:
         """Tables have no lines."""
+
+
+def _value(name: str, scalar: Any) -> Any:
+    try:
+        return without_nulls(scalar.as_py(maps_as_pydicts="strict"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"column {name} is not valid UTF-8 (byte {error.start} of the value)") from error
+    except KeyError as error:
+        raise ValueError(f"column {name} holds a map with a key twice: {error}") from error
+
+
+def freeze(block: ArrowBlock) -> Any:
+    """A block as a table."""
+    return block.table
+
+
+def thaw(table: Any, _address: BlockAddress) -> Block:
+    """The block of a table."""
+    return ArrowBlock(table)
 
 
 def without_nulls(value: Any) -> Any:
@@ -105,9 +125,16 @@ class RangeFile(io.RawIOBase):
         return storage.read_file(self._file, start, start + length)
 
 
-def corrupt(file: FileInfo, kind: str, error: Exception) -> UserError:
-    """The error for a file that its format's reader does not understand."""
-    return UserError(f"{file.url}: not a readable {kind} file, or cut off ({error}). Write the file again.")
+def readable(file: FileInfo, kind: str, look: Callable[[], T]) -> T:
+    """What `look` finds in a file. Raises UserError where its bytes are not what its format says."""
+    import pyarrow as pa
+
+    try:
+        return look()
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+        raise UserError(
+            f"{file.url}: not a readable {kind} file, or cut off ({error}). Write the file again."
+        ) from error
 
 
 @lru_cache(maxsize=512)
@@ -117,10 +144,12 @@ def _footer(file: FileInfo) -> Any:
 
     handle = RangeFile(file)
     handle.fetch(max(0, file.size - FOOTER_BYTES), file.size)
-    try:
-        return pq.read_metadata(pa.PythonFile(handle, mode="r"))
-    except (pa.ArrowException, OSError) as error:
-        raise corrupt(file, "parquet", error) from error
+    return readable(file, "parquet", lambda: pq.read_metadata(pa.PythonFile(handle, mode="r")))
+
+
+def read_metadata(file: FileInfo) -> dict[bytes, bytes]:
+    """A parquet file's own key-value metadata. Raises UserError for a damaged one."""
+    return dict(_footer(file).metadata or {})
 
 
 def _chunk_ranges(group: Any, wanted: Sequence[str] | None) -> list[tuple[int, int]]:
@@ -146,8 +175,13 @@ def _belongs(path: str, wanted: Sequence[str]) -> bool:
 
 def scan_parquet(file: FileInfo) -> Scan:
     """Row groups, from the footer alone. `nbytes` is the compressed size."""
-    footer = _footer(file)
+    return readable(file, "parquet", lambda: _scan_footer(file, _footer(file)))
+
+
+def _scan_footer(file: FileInfo, footer: Any) -> Scan:
     groups = [_chunk_ranges(footer.row_group(number), None) for number in range(footer.num_row_groups)]
+    if not all(0 < start <= stop <= file.size for ranges in groups for start, stop in ranges):
+        raise ValueError("its footer names columns that it does not hold")
     starts = [min((start for start, _ in ranges), default=0) for ranges in groups]
     sizes = [max(1, sum(stop - start for start, stop in ranges)) for ranges in groups]
     rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
@@ -189,8 +223,9 @@ def read_parquet(address: BlockAddress) -> Block:
     handle = RangeFile(address.file)
     for start, stop in _coalesced(_chunk_ranges(footer.row_group(address.number), wanted)):
         handle.fetch(start, stop)
-    try:
+
+    def decode() -> Any:
         parquet = pq.ParquetFile(pa.PythonFile(handle, mode="r"), metadata=footer)
-        return ArrowBlock(parquet.read_row_group(address.number, columns=list(wanted), use_threads=False))
-    except (pa.ArrowException, OSError) as error:
-        raise corrupt(address.file, "parquet", error) from error
+        return parquet.read_row_group(address.number, columns=list(wanted), use_threads=False)
+
+    return ArrowBlock(readable(address.file, "parquet", decode))

@@ -36,7 +36,7 @@ class EvalBatches:
         collate: Collate,
         held_out_fraction: float | None = None,
     ) -> None:
-        self._cache = BlockCache(index.read_block)
+        self._cache = BlockCache(index.read_block, stored_bytes=lambda block: int(index.block_bytes[block]))
         self._collate = collate
         self._sequence_length = data.sequence_length
         self._micro_batch_size = micro_batch_size

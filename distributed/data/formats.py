@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..storage import FileInfo
 from . import arrow_ipc, columnar, csv_rows, json_rows, jsonl, text_files, whole
 from .block import Block, BlockAddress, Scan
 
 
+class Frozen(NamedTuple):
+    """How decoded blocks become Arrow tables, and such tables, mapped from disk, blocks again."""
+
+    freeze: Callable[[Any], Any]
+    thaw: Callable[[Any, BlockAddress], Block]
+
+
 class FileFormat(NamedTuple):
-    """How a kind of file is scanned at index time and read later."""
+    """How a kind of file is scanned at index time and read later; `frozen`: of formats whose large blocks a node's
+    processes can share."""
 
     scan: Callable[[FileInfo], Scan]
     read: Callable[[BlockAddress], Block]
+    frozen: Frozen | None = None
+
+
+_TABLE = Frozen(columnar.freeze, columnar.thaw)
+_LINES = Frozen(jsonl.freeze, jsonl.thaw)
+_FROZEN: dict[str, Frozen] = {"jsonl": _LINES, "csv": _TABLE, "tsv": _TABLE}
 
 
 _PARSERS: dict[str, whole.Parse] = {
@@ -30,16 +44,16 @@ _PARSERS: dict[str, whole.Parse] = {
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 FORMATS: dict[str, FileFormat] = {
-    "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet),
-    "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read),
+    "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet, _TABLE),
+    "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read, _TABLE),
     "jsonl": FileFormat(jsonl.scan, jsonl.read),
     "json": FileFormat(json_rows.scan, partial(whole.read_plain, parse=_PARSERS["json"])),
-    "csv": FileFormat(partial(csv_rows.scan, delimiter=","), partial(whole.read_plain, parse=_PARSERS["csv"])),
-    "tsv": FileFormat(partial(csv_rows.scan, delimiter="\t"), partial(whole.read_plain, parse=_PARSERS["tsv"])),
+    "csv": FileFormat(partial(csv_rows.scan, delimiter=","), partial(whole.read_plain, parse=_PARSERS["csv"]), _TABLE),
+    "tsv": FileFormat(partial(csv_rows.scan, delimiter="\t"), partial(whole.read_plain, parse=_PARSERS["tsv"]), _TABLE),
     "text": FileFormat(text_files.scan, text_files.read),
     **{
         f"{kind}.{suffix}": FileFormat(
-            whole.scan_compressed, partial(whole.read_compressed, parse=parse, method=method)
+            whole.scan_compressed, partial(whole.read_compressed, parse=parse, method=method), _FROZEN.get(kind)
         )
         for kind, parse in _PARSERS.items()
         for suffix, method in _COMPRESSIONS.items()

@@ -108,9 +108,20 @@ class Index:
             self.sources[int(self.file_source[file])].file_columns,
         )
 
+    def kind(self, block: int) -> str:
+        """The format of a block's file."""
+        return self.file_kind[int(self.block_file[block])]
+
     def read_block(self, block: int) -> Block:
         """Read and decode a block: its used rows. Raises UserError that names a damaged file."""
-        whole = FORMATS[self.file_kind[int(self.block_file[block])]].read(self.address(block))
+        return self.used_rows(block, self.read_whole(block))
+
+    def read_whole(self, block: int) -> Block:
+        """Read and decode a block: all its rows."""
+        return FORMATS[self.kind(block)].read(self.address(block))
+
+    def used_rows(self, block: int, whole: Block) -> Block:
+        """Those of its rows that are used."""
         take = int(self.block_take[block])
         return whole if take == ALL_ROWS else RowRange(whole, int(self.block_skip[block]), take)
 

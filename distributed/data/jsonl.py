@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...recipes.errors import UserError
@@ -16,25 +16,23 @@ EXCERPT_CHARACTERS = 80
 
 
 class JsonlBlock:
-    """Lines of a file; `offset` is where `data` begins in the (decompressed) file."""
+    """Lines of a file."""
 
-    def __init__(self, data: bytes, offset: int, newlines_before: Callable[[int], int], url: str) -> None:
-        """`newlines_before(offset)`: of the file; asked only to name a broken line."""
-        self._lines: list[bytes] = []
-        self._offsets: list[int] = []
-        self._newlines_before = newlines_before
+    def __init__(
+        self, rows: Sequence[bytes], numbers: Sequence[int], lines_before: Callable[[], int], url: str, nbytes: int
+    ) -> None:
+        """`numbers`: of the rows' lines, from 0 at the block's beginning. `lines_before`: in front of the block; asked
+        only to name a broken line."""
+        self.rows = rows
+        self.numbers = numbers
+        self.num_rows = len(rows)
+        self.memory_bytes = nbytes + 64 * len(rows)
+        self._lines_before = lines_before
         self._url = url
-        for line in data.split(b"\n"):
-            if line and not line.isspace():
-                self._lines.append(line)
-                self._offsets.append(offset)
-            offset += len(line) + 1
-        self.num_rows = len(self._lines)
-        self.memory_bytes = len(data) + 64 * len(self._lines)
 
     def row(self, number: int) -> dict[str, Any]:
         """Parse one line."""
-        line = self._lines[number].removeprefix(lines.BOM)
+        line = self.rows[number].removeprefix(lines.BOM)
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -47,11 +45,44 @@ class JsonlBlock:
 
     def line(self, number: int) -> int:
         """The row's line in the file."""
-        return self._newlines_before(self._offsets[number]) + 1
+        return self._lines_before() + self.numbers[number] + 1
 
     def _broken(self, number: int, what: str) -> UserError:
-        excerpt = self._lines[number][: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")[:EXCERPT_CHARACTERS]
+        excerpt = self.rows[number][: 4 * EXCERPT_CHARACTERS].decode("utf-8", "replace")[:EXCERPT_CHARACTERS]
         return UserError(f"{self._url}, line {self.line(number)}: {what}: {excerpt!r}")
+
+
+def _block(data: bytes, lines_before: Callable[[], int], url: str) -> JsonlBlock:
+    """The lines that are not blank."""
+    numbered = [(number, line) for number, line in enumerate(data.split(b"\n")) if line and not line.isspace()]
+    rows, numbers = [line for _, line in numbered], [number for number, _ in numbered]
+    return JsonlBlock(rows, numbers, lines_before, url, len(data))
+
+
+class _Column(Sequence[Any]):
+    """A column of a table, whose values are made when they are asked for."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._column[number].as_py()
+
+
+def freeze(block: JsonlBlock) -> Any:
+    """The block of a whole file as a table."""
+    import pyarrow as pa
+
+    return pa.table({"line": pa.array(block.rows, pa.large_binary()), "number": pa.array(block.numbers, pa.int64())})
+
+
+def thaw(table: Any, address: BlockAddress) -> Block:
+    """The block of such a table."""
+    rows, numbers = (_Column(table.column(name)) for name in ("line", "number"))
+    return JsonlBlock(rows, numbers, lambda: 0, address.file.url, 0)
 
 
 def scan(file: FileInfo, block_bytes: int = lines.BLOCK_BYTES) -> Scan:
@@ -66,15 +97,15 @@ def _first_columns(head: bytes, url: str) -> Mapping[str, str] | None:
         return None
     line, _, _ = stripped.partition(b"\n")
     skipped = head[: len(head) - len(stripped)].count(b"\n")
-    return kinds_of_row(JsonlBlock(line, 0, lambda _: skipped, url).row(0))
+    return kinds_of_row(JsonlBlock([line], [0], lambda: skipped, url, len(line)).row(0))
 
 
 def read(address: BlockAddress) -> Block:
     """The rows that start in a byte range."""
     data, offset = lines.lines_of(address)
-    return JsonlBlock(data, offset, lambda at: lines.newlines_before(address.file, at), address.file.url)
+    return _block(data, lambda: lines.newlines_before(address.file, offset), address.file.url)
 
 
 def parse(data: bytes, address: BlockAddress) -> Block:
     """All rows of a file that was read whole."""
-    return JsonlBlock(data, 0, lambda at: data.count(b"\n", 0, at), address.file.url)
+    return _block(data, lambda: 0, address.file.url)

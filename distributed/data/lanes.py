@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ...recipes.formats import REQUIRED
 from .block import Block
 from .cache import BlockCache
 from .index import Index
-from .order import Int64s, LaneOrder, Segment, slice_rows
+from .order import Int64s, LaneOrder, Segment, Slice, slice_rows
 
 Row = dict[str, Any]
 
@@ -58,7 +58,10 @@ class RowReader:
     def values(self, decoded: Block, block: int, row: int) -> Row:
         """One row. Raises UserError when a needed column is missing; a null is the method's to judge."""
         source = self.index.sources[int(self.index.block_source[block])]
-        raw = decoded.row(row)
+        try:
+            raw = decoded.row(row)
+        except ValueError as error:
+            raise UserError(f"{self.index.place(block, row, decoded)}: {error}") from error
         values = source.standard_row(raw)
         for column in REQUIRED[source.format]:
             if column not in values:
@@ -170,13 +173,21 @@ class LaneReader:
             return None
         self._window = self._decode(self._segment, first)
         ahead = self._segment.window(first + self._window.slices)
-        self._ahead = self._rows.cache.prefetch(int(self._block_ids[piece.block]) for piece in ahead)
+        self._ahead = self._rows.cache.prefetch(*self._blocks(ahead))
         return self._window
+
+    def _blocks(self, slices: Sequence[Slice]) -> tuple[list[int], set[int]]:
+        """The blocks of slices by their numbers in the index, and those of them that others serve a part of."""
+        blocks = [int(self._block_ids[piece.block]) for piece in slices]
+        whole = [self._order.block_bytes(piece.block) for piece in slices]
+        parts = {block for block, piece, size in zip(blocks, slices, whole, strict=True) if piece.nbytes < size}
+        return blocks, parts
 
     def _decode(self, segment: Segment, first: int) -> Window:
         slices = segment.window(first)
-        blocks = [int(self._block_ids[piece.block]) for piece in slices]
-        decoded = [future.result() for future in self._rows.cache.prefetch(blocks)]
+        blocks, parts = self._blocks(slices)
+        nbytes = sum(piece.nbytes for piece in slices)
+        decoded = self._rows.cache.get_all(blocks, parts, needed_bytes=nbytes)
         ranges = [
             slice_rows(piece, self._order.block_bytes(piece.block), block.num_rows)
             for piece, block in zip(slices, decoded, strict=True)
@@ -184,7 +195,6 @@ class LaneReader:
         place = np.repeat(np.arange(len(ranges)), [len(rows) for rows in ranges])
         row = np.concatenate([np.arange(rows.start, rows.stop) for rows in ranges])
         order = self._order.window_order(self._stream, self.position.epoch, first, len(row))
-        nbytes = sum(piece.nbytes for piece in slices)
         return Window(len(slices), nbytes, blocks, decoded, place[order], row[order])
 
     def _next_window(self, window: Window) -> None:

@@ -19,6 +19,7 @@ from .index import Index
 from .lane_plan import keeper, plan_lanes
 from .lanes import LaneReader, RowReader
 from .logical import Bin, Encode, Lane, LogicalStream
+from .node_cache import BlockReader, NodePlace
 from .share import Share
 
 Collate = Callable[[Sequence[Sequence[Sample]], int], Batch]
@@ -50,6 +51,8 @@ class Part(NamedTuple):
     num_bins: int
     num_tokens: int
     rejections: tuple[tuple[RowId, Rejected], ...]
+    read_bytes: int
+    needed_bytes: int
     states: bytes
 
 
@@ -82,6 +85,7 @@ class PartReader:
         streams: Mapping[int, LogicalStream],
         share: Share,
         cache: BlockCache,
+        blocks: BlockReader,
         *,
         micro_batch_size: int,
         sequence_length: int,
@@ -91,10 +95,12 @@ class PartReader:
         self._streams = dict(streams)
         self._share = share
         self._cache = cache
+        self._blocks = blocks
         self._micro_batch_size = micro_batch_size
         self._sequence_length = sequence_length
         self._collate = collate
         self._pad_to_full = pad_to_full
+        self._bytes = (0, 0)
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder")
 
     def next_part(self) -> Part:
@@ -115,6 +121,7 @@ class PartReader:
             sum(bool(one.samples) for _, one in numbered),
             sum(micro.batch.num_tokens for micro in micro_batches),
             self._take_rejections(),
+            *self._take_bytes(),
             self.states(),
         )
 
@@ -124,9 +131,10 @@ class PartReader:
 
     def restore(self, states: States) -> None:
         """Go on from the states of these streams, and perhaps others. Raises UserError."""
-        for number, stream in self._streams.items():
+        for number in self._streams:
             if str(number) not in states:
                 raise UserError(f"the saved data state knows {len(states)} streams, but not stream {number}")
+        for number, stream in self._streams.items():
             stream.restore(states[str(number)])
 
     def close(self) -> None:
@@ -142,6 +150,12 @@ class PartReader:
         for stream in self._streams.values():
             stream.rejections.clear()
         return taken if self._share.counts else ()
+
+    def _take_bytes(self) -> tuple[int, int]:
+        """Bytes read and bytes needed since this was last asked; of ranks that share a stream one needs them."""
+        now = self._blocks.read_bytes, self._cache.needed_bytes if self._share.counts else 0
+        before, self._bytes = self._bytes, now
+        return now[0] - before[0], now[1] - before[1]
 
     def _micro_batches(self, numbered: Sequence[tuple[int, Bin]]) -> tuple[MicroBatch, ...]:
         """Lay bins out, those of one stream beside each other; missing ones are empty bins."""
@@ -169,10 +183,15 @@ class PartSpec:
     collate: Collate
     pad_to_full: bool
     cache_bytes: int
+    node_place: NodePlace | None
 
     def open(self) -> PartReader:
         """The reader. Raises UserError."""
-        cache = BlockCache(self.index.read_block, self.cache_bytes)
+        stored = self.index.block_bytes
+        blocks = BlockReader(self.index, self.node_place)
+        cache = BlockCache(
+            blocks.read, self.cache_bytes, stored_bytes=lambda block: int(stored[block]), read_part=blocks.read_part
+        )
         rows = RowReader(self.index, cache)
         plans = plan_lanes(self.index, self.data, self.train, self.share.num_streams)
         keep = keeper(self.data)
@@ -192,6 +211,7 @@ class PartSpec:
             {number: logical(number) for number in self.share.streams},
             self.share,
             cache,
+            blocks,
             micro_batch_size=self.train.micro_batch_size,
             sequence_length=self.data.sequence_length,
             collate=self.collate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -61,16 +62,14 @@ class ProcessFeed:
         self._finalizer()
 
     def _say(self, content: Any) -> None:
-        try:
+        with contextlib.suppress(ConnectionError):  # that it is gone, and why, the next answer says
             wire.send(self._channel, content)
-        except (BrokenPipeError, ConnectionError) as error:
-            raise self._death() from error
 
     def _receive(self) -> Any:
         if self._failure is None:
             try:
                 received = wire.receive(self._channel)
-            except EOFError:
+            except wire.ClosedError:
                 received = self._death()
             if not isinstance(received, BaseException):
                 return received

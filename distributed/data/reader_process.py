@@ -6,6 +6,7 @@ closes. It hears no signal that asks to stop, because those are its rank's to an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 from ...recipes.errors import FtlaunchError
 from . import wire
 from .feed import AHEAD_STEPS, Room, nbytes_of
-from .parts import PartReader, PartSpec
+from .parts import PartReader
 
 
 def main(descriptor: int) -> None:
@@ -25,31 +26,19 @@ def main(descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     channel = socket.socket(fileno=descriptor)
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     try:
-        spec, ahead_bytes = wire.receive(channel)
-    except EOFError:
-        return
+        _read(channel)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the rank may be gone
+            wire.send(channel, _portable(error))
+    os._exit(0)  # nothing here is worth saving, and threads may wait for storage
+
+
+def _read(channel: socket.socket) -> None:
+    spec, ahead_bytes = wire.receive(channel)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = Room(ahead_bytes, AHEAD_STEPS)
     threading.Thread(target=_listen, args=(channel, inbox, room), daemon=True).start()
-    try:
-        _read(channel, spec, inbox, room)
-    except BaseException as error:
-        wire.send(channel, _portable(error))
-    threading.Event().wait()  # until the rank closes the socket
-
-
-def _listen(channel: socket.socket, inbox: queue.SimpleQueue[Any], room: Room) -> None:
-    """What the rank says: where to begin, then what it has taken. Its end is the end."""
-    try:
-        inbox.put(wire.receive(channel))
-        while True:
-            room.give_back(wire.receive_taken(channel))
-    except BaseException:
-        os._exit(0)  # nothing here is worth saving, and the other threads may wait for storage
-
-
-def _read(channel: socket.socket, spec: PartSpec, inbox: queue.SimpleQueue[Any], room: Room) -> None:
     reader: PartReader = spec.open()
     (states,) = inbox.get()
     if states is not None:
@@ -59,6 +48,16 @@ def _read(channel: socket.socket, spec: PartSpec, inbox: queue.SimpleQueue[Any],
         part = reader.next_part()
         room.take(nbytes_of(part))
         wire.send(channel, part)
+
+
+def _listen(channel: socket.socket, inbox: queue.SimpleQueue[Any], room: Room) -> None:
+    """What the rank says: where to begin, then what it has taken. Its end is the end."""
+    try:
+        inbox.put(wire.receive(channel))
+        while True:
+            room.give_back(wire.receive_taken(channel))
+    except BaseException:
+        os._exit(0)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -14,12 +14,17 @@ from .feed import AHEAD_BYTES, Feed, ThreadFeed
 from .index import Index
 from .lane_plan import plan_lanes
 from .logical import Encode
+from .node_cache import LARGE_BYTES, NodeFolder
 from .parts import Collate, MicroBatch, PartSpec, States, split_share
 from .process_feed import ProcessFeed
 from .share import Share, share_of
 
 CACHE_BYTES = 256 * 2**20
-"""Decoded blocks that one rank keeps for a while beyond those its streams hold."""
+"""Decoded blocks that one rank keeps for a while beyond those its streams hold, and again as much read ahead."""
+
+CORES_PER_READER = 4
+MAX_READERS = 4
+"""More than a rank's model consumes, for every model that needs a GPU; `data.reader_processes` may ask for others."""
 
 
 class StepBatches(NamedTuple):
@@ -28,7 +33,9 @@ class StepBatches(NamedTuple):
     `served_bytes`: progress of the streams that this rank counts; over all ranks and steps it adds up to
     `total_bytes`. `counters`: running totals of the same streams. `num_bins` and `num_tokens`: real ones in this
     rank's micro-batches; a step with no bins on any rank is the end. `rejections`: some of the rows that were refused.
-    `data_wait_s`: how long the loop waited for this step.
+    `read_bytes`: stored bytes of the blocks that were read since the last step, ahead of the loop, `needed_bytes` of
+    the rows in them that are served: blocks that several streams or ranks share are read by each. `data_wait_s`: how
+    long the loop waited for this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -37,19 +44,22 @@ class StepBatches(NamedTuple):
     num_bins: int
     num_tokens: int
     rejections: tuple[tuple[RowId, Rejected], ...]
+    read_bytes: int
+    needed_bytes: int
     data_wait_s: float
 
 
 class Stream:
     """The batches of one rank, read ahead in the background. The state is that of the last step handed out."""
 
-    def __init__(self, feeds: Sequence[Feed], share: Share, total_bytes: int) -> None:
+    def __init__(self, feeds: Sequence[Feed], share: Share, total_bytes: int, node: NodeFolder | None) -> None:
         self.total_bytes = total_bytes
         """Bytes that all streams serve in the whole run, for progress; 0 when the run is not counted in epochs."""
         self.data_wait_s = 0.0
         """Time the loop has waited for data."""
         self._feeds = feeds
         self._share = share
+        self._node = node
         self._states: list[bytes] | None = None
         self._begun = False
 
@@ -68,6 +78,8 @@ class Stream:
             sum(part.num_bins for part in parts),
             sum(part.num_tokens for part in parts),
             tuple(one for part in parts for one in part.rejections),
+            sum(part.read_bytes for part in parts),
+            sum(part.needed_bytes for part in parts),
             waited,
         )
 
@@ -92,6 +104,9 @@ class Stream:
         """Stop reading ahead."""
         for feed in self._feeds:
             feed.close()
+        if self._node is not None:
+            self._node.close()
+            self._node = None
 
     def _begin(self, states: States | None) -> None:
         self._begun = True
@@ -110,17 +125,29 @@ def open_stream(
     collate: Collate,
     pad_to_full: bool = False,
     reader_processes: int = 0,
+    node_key: str | None = None,
 ) -> Stream:
     """The training stream of one rank. `index`: of `recipe.data.train`, in its order; `streams`: logical streams, as
     recorded with the run. `reader_processes` 0: a thread of this process reads; else `encode` and `collate` are
-    pickled. Raises UserError when the streams do not divide the global batch."""
+    pickled. `node_key`: the same for all ranks of an attempt; large blocks are decoded once for those of a node. Raises
+    UserError when the streams do not divide the global batch."""
     data, train = recipe.data, recipe.train
     share = share_of(world_rank, world_size, streams, train.global_batch_size, train.micro_batch_size)
     shares = split_share(share, train.micro_batch_size, max(1, reader_processes))
     open_feed = ProcessFeed if reader_processes else ThreadFeed
     main = next(plan for plan in plan_lanes(index, data, train, streams) if plan.primary)
+    node = NodeFolder(node_key) if node_key and (index.block_bytes >= LARGE_BYTES).any() else None
+    place, cache_bytes = node.place if node else None, CACHE_BYTES // len(shares)
     feeds: list[Feed] = []
     for part in shares:
-        spec = PartSpec(index, data, train, part, encode, collate, pad_to_full, CACHE_BYTES // len(shares))
+        spec = PartSpec(index, data, train, part, encode, collate, pad_to_full, cache_bytes, place)
         feeds.append(open_feed(spec, ahead_bytes=AHEAD_BYTES // len(shares)))
-    return Stream(feeds, share, main.order.nbytes * (main.max_epochs or 0))
+    return Stream(feeds, share, main.order.nbytes * (main.max_epochs or 0), node)
+
+
+def usual_readers(cores_per_rank: int, *, on_gpu: bool) -> int:
+    """Reader processes of a rank that are used unless the recipe says how many; 0: a thread.
+
+    A rank on a CPU computes on all its cores, and a process would only take one from it (measured: as fast as a thread
+    within the noise). A rank on a GPU hands kernels out from one core, and has others to spare."""
+    return min(MAX_READERS, cores_per_rank // CORES_PER_READER) if on_gpu else 0

@@ -25,6 +25,10 @@ HEADER = struct.Struct("<QQQ")
 ALIGNMENT = 64
 
 
+class ClosedError(Exception):
+    """The other side is gone."""
+
+
 def send(channel: socket.socket, content: Any) -> None:
     """Send an object. Raises OSError when there is no memory left, or when the other side is gone."""
     buffers: list[pickle.PickleBuffer] = []
@@ -45,7 +49,7 @@ def send(channel: socket.socket, content: Any) -> None:
 
 
 def receive(channel: socket.socket) -> Any:
-    """The next object. Raises EOFError when the other side is gone."""
+    """The next object. Raises ClosedError when the other side is gone."""
     header, descriptors = _receive_header(channel)
     total, pickled, count = HEADER.unpack(header)
     try:
@@ -66,7 +70,7 @@ def send_taken(channel: socket.socket, nbytes: int) -> None:
 
 
 def receive_taken(channel: socket.socket) -> int:
-    """What `send_taken` said. Raises EOFError when the other side is gone."""
+    """What `send_taken` said. Raises ClosedError when the other side is gone."""
     header, _ = _receive_header(channel)
     return int(HEADER.unpack(header)[0])
 
@@ -77,9 +81,9 @@ def _receive_header(channel: socket.socket) -> tuple[bytes, list[int]]:
         try:
             data, received, _, _ = socket.recv_fds(channel, HEADER.size - len(header), 1)
         except ConnectionError as error:
-            raise EOFError from error
+            raise ClosedError from error
         if not data:
-            raise EOFError
+            raise ClosedError
         header += data
         descriptors += received
     return header, descriptors

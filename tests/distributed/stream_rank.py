@@ -1,6 +1,6 @@
 """One rank as a process of its own: reads the stream, writes what it saw and its state after every step.
 
-Usage: stream_rank.py RECIPE.json RANK WORLD STREAMS STATES.json|- OUT_FOLDER STEPS|-
+Usage: stream_rank.py RECIPE.json RANK WORLD STREAMS STATES.json|- OUT_FOLDER STEPS|- READER_PROCESSES
 
 The rows that a batch holds are read back from its token ids. With a number of steps it then waits to be killed, having
 read ahead; without, a world of one goes on to the end.
@@ -14,19 +14,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from stream_rows import encode
 
 from ftlaunch.distributed.data.index import Index
 from ftlaunch.distributed.data.stream import open_stream
-from ftlaunch.recipes.methods.base import RowId, Sample
 from ftlaunch.recipes.methods.causal import lay_out
 from ftlaunch.recipes.schema import Recipe
-
-NOWHERE = RowId("", "", 0, 0)
-
-
-def encode(row, _):
-    number, length = map(int, row["text"].split())
-    return Sample(np.full(length, number, np.int32), np.ones(length, bool), NOWHERE)
 
 
 def seen(step):
@@ -47,7 +40,7 @@ def write(path, content):
 
 
 def main():
-    recipe_file, rank, world, streams, states, out, steps = sys.argv[1:]
+    recipe_file, rank, world, streams, states, out, steps, readers = sys.argv[1:]
     stream = open_stream(
         index=Index.load(str(Path(recipe_file).parent), "train"),
         recipe=Recipe.model_validate_json(Path(recipe_file).read_text()),
@@ -56,6 +49,7 @@ def main():
         streams=int(streams),
         encode=encode,
         collate=lay_out,
+        reader_processes=int(readers),
     )
     if states != "-":
         stream.restore(json.loads(Path(states).read_text()))

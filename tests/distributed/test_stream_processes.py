@@ -47,10 +47,11 @@ def wait_for(paths, ranks):
         time.sleep(0.02)
 
 
-def run_world(recipe, world, states, out, steps):
-    """What `world` ranks see; with `steps`, all are killed when each has done so many and reads ahead."""
+def run_world(recipe, world, states, out, steps, readers=0):
+    """What `world` ranks see; with `steps`, all are killed when each has done so many and reads ahead. `readers`:
+    processes of each rank that read; 0: a thread."""
     out.mkdir()
-    arguments = [str(STREAMS), str(states) if states else "-", str(out), str(steps) if steps else "-"]
+    arguments = [str(STREAMS), str(states) if states else "-", str(out), str(steps) if steps else "-", str(readers)]
     ranks = [
         subprocess.Popen([sys.executable, str(RANK), str(recipe), str(rank), str(world), *arguments])
         for rank in range(world)
@@ -81,8 +82,8 @@ def test_killed_processes_at_changing_world_sizes_equal_one_that_was_not(tmp_pat
     recipe = make_recipe(tmp_path)
     whole = run_world(recipe, 1, None, tmp_path / "whole", None)
     seen, states = [], None
-    for world, steps in [(4, 3), (2, 5), (3, 4), (1, None)]:
-        part = run_world(recipe, world, states, tmp_path / f"{world}", steps)
+    for world, steps, readers in [(4, 3, 1), (2, 5, 2), (3, 4, 0), (1, None, 3)]:
+        part = run_world(recipe, world, states, tmp_path / f"{world}", steps, readers)
         seen += part
         union = {number: state for rank in part[-1] for number, state in rank["state"].items()}
         assert sorted(union) == [str(number) for number in range(STREAMS)]

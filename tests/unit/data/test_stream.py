@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftlaunch.distributed.data import order
+from ftlaunch.distributed.data import feed, order
+from ftlaunch.distributed.data import stream as stream_module
+from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.evaluation import EvalBatches
 from ftlaunch.distributed.data.held_out import held_out
-from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.share import share_of
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.errors import UserError
@@ -89,10 +92,10 @@ class Case(NamedTuple):
     streams: int
     ids: list[set[int]]
 
-    def open(self, rank=0, world=1):
+    def open(self, rank=0, world=1, readers=0):
         return open_stream(
             index=self.index, recipe=self.recipe, world_rank=rank, world_size=world, streams=self.streams,
-            encode=encode, collate=collate,
+            encode=encode, collate=collate, reader_processes=readers,
         )  # fmt: skip
 
 
@@ -293,6 +296,35 @@ def test_bins_of_a_stream_share_a_micro_batch_at_any_world_size(tmp_path):
     assert groups[0] == groups[1] == groups[2]
 
 
+@slow
+@given(
+    files, kinds, st.sampled_from([2, 4, 6]), st.integers(1, 2), st.integers(1, 3), st.integers(2, 5), st.integers(1, 4)
+)  # fmt: skip
+def test_any_number_of_readers_makes_the_same_steps(groups, kind, streams, per, micro, readers, world):
+    """Readers in threads here; that processes do the same is shown with few of them."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(stream_module, "ProcessFeed", feed.ThreadFeed):
+        case = make_case(
+            folder, [Source(non_empty(groups), kind)], streams=streams, bins_per_stream=per,
+            train={"micro_batch_size": micro},
+        )  # fmt: skip
+        for rank in range(min(world, streams)):
+            with closing(case.open(rank, world)) as one, closing(case.open(rank, world, readers)) as many:
+                num_bins = 1
+                while num_bins:
+                    expected, step = one.next_step(), many.next_step()
+                    num_bins = expected.num_bins
+                    assert many.state() == one.state()
+                    assert step.counters == expected.counters
+                    assert (step.num_bins, step.num_tokens) == (expected.num_bins, expected.num_tokens)
+                    assert step.served_bytes == expected.served_bytes
+                    assert [micro.first_bin for micro in step.micro_batches] == [
+                        micro.first_bin for micro in expected.micro_batches
+                    ]
+                    for made, wanted in zip(step.micro_batches, expected.micro_batches, strict=True):
+                        assert np.array_equal(made.batch.input_ids, wanted.batch.input_ids)
+                        assert made.batch.rows == wanted.batch.rows
+
+
 @pytest.mark.parametrize("world", [3, 5, 7])
 def test_ranks_that_do_not_divide_the_batch_get_empty_bins(tmp_path, world):
     case = make_case(tmp_path, [Source([[4] * 30], "jsonl")], streams=4, bins_per_stream=2, data={"packing": False})
@@ -387,9 +419,9 @@ def test_an_error_in_the_background_reaches_the_loop(tmp_path):
     (tmp_path / "s0" / "0.jsonl").write_text('{"text": "0 1"}\n{"text": "1 x"}\n')
     index = build_index(case.recipe.data.train, ["s0"])
     stream = case._replace(index=index).open()
-    with pytest.raises(UserError, match=r"s0: .*0\.jsonl, block 0, row 1: invalid literal"):
+    with pytest.raises(UserError, match=r"s0: .*0\.jsonl, line 2: invalid literal"):
         stream.next_step()
-    with pytest.raises(UserError, match="row 1"):
+    with pytest.raises(UserError, match="line 2"):
         stream.next_step()
     stream.close()
 

@@ -1,0 +1,49 @@
+"""Whether a run was held up by its data, and what to do about it. Pure."""
+
+from __future__ import annotations
+
+from . import units
+from .record import Line, Record
+
+WAITING_SHARE = 0.1
+"""Of the time in steps: from here on the data is called the bottleneck. Less is lost in the spread of step times."""
+
+READ_AGAIN = 1.2
+"""Bytes read to bytes needed: from here on it is said that blocks are read more than once."""
+
+
+def waiting_share(record: Record) -> float:
+    """Share of the time in steps in which ranks waited for data. The first step of each attempt is left out: readers
+    have just started."""
+    steps = _settled(record)
+    seconds = sum(float(line["step_s"]) for line in steps)
+    return sum(float(line["data_wait_s"]) for line in steps) / seconds if seconds > 0 else 0.0
+
+
+def data_bottleneck(record: Record) -> str | None:
+    """What to say when the data holds the run up; None: it does not."""
+    share = waiting_share(record)
+    if share <= WAITING_SHARE:
+        return None
+    return (
+        f"the data is the bottleneck: ranks waited for it in {share:.0%} of the time. Let more processes read and "
+        f"tokenise (data.reader_processes), if there are cores for them.{_read_again(record)}"
+    )
+
+
+def _read_again(record: Record) -> str:
+    read = sum(int(line.get("data_read_bytes", 0)) for line in record.steps)
+    needed = sum(int(line.get("data_needed_bytes", 0)) for line in record.steps)
+    if read <= READ_AGAIN * needed:
+        return ""
+    return (
+        f" {units.size(read)} were read to serve {units.size(needed)}: the files' blocks are large for so many "
+        "streams. Write parquet with smaller row groups (8 to 64 MiB), or lower data.streams."
+    )
+
+
+def _settled(record: Record) -> list[Line]:
+    first: dict[int, int] = {}
+    for line in record.steps:
+        first.setdefault(int(line["attempt"]), int(line["step"]))
+    return [line for line in record.steps if int(line["step"]) != first[int(line["attempt"])]]
