@@ -9,7 +9,7 @@ its own: what stands in front of the first batch, then the batch. Format: https:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from .. import storage
 from ..storage import FileInfo
 from .block import UNKNOWN_ROWS, Block, BlockAddress, Scan
-from .columnar import ArrowBlock, corrupt, wanted_columns
+from .columnar import ArrowBlock, readable, wanted_columns
 from .kinds import kinds_of_schema
 from .memory import require_memory
 from .whole import one_block
@@ -76,7 +76,8 @@ class Table(NamedTuple):
     def table(self, field: int) -> Table:
         """A table that the field points to."""
         place = self.place(field)
-        assert place is not None
+        if place is None:
+            raise ValueError("a message without a header")
         return Table(self.data, place + _number("<I", self.data, place))
 
     def blocks(self, field: int) -> Any:
@@ -114,7 +115,7 @@ def _messages(file: FileInfo) -> Iterator[Message]:
         kind = message.number(1, "<B")
         rows = message.table(2).number(0, "<q") if kind == BATCH else 0
         stop = at + prefix + length + message.number(3, "<q")
-        if stop > file.size:
+        if not at < stop <= file.size:
             raise ValueError(f"a message ends at byte {stop} of {file.size}")
         yield Message(kind, at, stop, rows)
         at = stop
@@ -153,26 +154,17 @@ def _from_footer(file: FileInfo) -> list[Message]:
         for kind, field in ((DICTIONARY, 2), (BATCH, 3))
         for one in footer.blocks(field)
     ]
-    if any(message.stop > end for message in found):
+    if not all(STREAM_IN_FILE <= message.start < message.stop <= end for message in found):
         raise ValueError("its footer names batches that it does not hold")
     return sorted(found, key=lambda message: message.start)
-
-
-def _readable(file: FileInfo, look: Callable[[], Any]) -> Any:
-    import pyarrow as pa
-
-    try:
-        return look()
-    except (pa.ArrowException, OSError, ValueError, struct.error, AssertionError) as error:
-        raise corrupt(file, "arrow", error) from error
 
 
 def scan(file: FileInfo) -> Scan:
     """Record batches, from the footer or from message to message."""
     import pyarrow as pa
 
-    batches = _readable(file, lambda: _batches(file))
-    columns = kinds_of_schema(_readable(file, lambda: pa.ipc.read_schema(pa.py_buffer(_preamble(file)))))
+    batches = readable(file, "arrow", lambda: _batches(file))
+    columns = readable(file, "arrow", lambda: kinds_of_schema(pa.ipc.read_schema(pa.py_buffer(_preamble(file)))))
     if batches is None:
         return one_block(file, columns)
     return Scan(
@@ -186,11 +178,18 @@ def scan(file: FileInfo) -> Scan:
 def read(address: BlockAddress) -> Block:
     """The rows of a record batch, or of the whole file where the index has it as one block."""
     require_memory(address.file, 2 * address.nbytes, f"record batch {address.number}", REMEDY)
-    table = _readable(address.file, lambda: _table(address))
+    table = readable(address.file, "arrow", lambda: _table(address))
     return ArrowBlock(table.select(list(wanted_columns(address, table.column_names))))
 
 
 def _table(address: BlockAddress) -> Any:
+    """The batch as a table. It is validated, because Arrow trusts the offsets in a file: a damaged one would crash."""
+    table = _stored(address)
+    table.validate(full=True)
+    return table
+
+
+def _stored(address: BlockAddress) -> Any:
     import pyarrow as pa
 
     file = address.file
