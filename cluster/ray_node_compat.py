@@ -11,49 +11,39 @@ environment (with one, they would wait for ever: see `launcher/ray_train_compat.
 
 from __future__ import annotations
 
-import ray._private.services
-from ray._private import ray_constants
-from ray._private.node import Node
-from ray._raylet import (  # type: ignore[attr-defined]
-    DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    METRICS_AGENT_PORT_NAME,
-    METRICS_EXPORT_PORT_NAME,
-    RUNTIME_ENV_AGENT_PORT_NAME,
-    persist_port,
-)
+from typing import Any
 
-AGENTS = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
-AGENTS_PORTS = (
-    DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    METRICS_AGENT_PORT_NAME,
-    METRICS_EXPORT_PORT_NAME,
-    RUNTIME_ENV_AGENT_PORT_NAME,
-)
+AGENTS = ("dashboard_agent", "runtime_env_agent")
+AGENTS_PORTS = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
 NO_PORT = -1
 
 IDLE = ["/bin/sh", "-c", "exec cat"]
 """An agent that does nothing until the raylet, which would not run without agents, ends its pipe (`PIPED_AGENTS` in
 `local.py`). The arguments that follow are lost on the shell."""
 
-_python_command = ray._private.services._build_python_executable_command_memory_profileable
-
 
 def start_only_what_runs_work() -> None:
     """For this process, which starts no other kind of cluster."""
+    from ray._private import services
+    from ray._private.node import Node
+
     Node.start_api_server = Node.start_monitor = _start_nothing
     Node.start_log_monitor = _answer_for_the_agents  # called right before the raylet is started
-    ray._private.services._build_python_executable_command_memory_profileable = _command
+    python_command = services._build_python_executable_command_memory_profileable
+
+    def command(component: str, *arguments: Any) -> Any:
+        return IDLE if component in AGENTS else python_command(component, *arguments)
+
+    services._build_python_executable_command_memory_profileable = command
 
 
-def _start_nothing(_node: Node, **_settings: object) -> None:
+def _start_nothing(_node: Any, **_settings: Any) -> None:
     pass
 
 
-def _answer_for_the_agents(node: Node) -> None:
+def _answer_for_the_agents(node: Any) -> None:
+    """The ports that the raylet waits for."""
+    from ray._raylet import persist_port  # type: ignore[attr-defined]
+
     for name in AGENTS_PORTS:
         persist_port(node.get_session_dir_path(), node.node_id, name, NO_PORT)
-
-
-def _command(component: str, session_dir: str, *others: object) -> list[str]:
-    command: list[str] = IDLE if component in AGENTS else _python_command(component, session_dir, *others)
-    return command
