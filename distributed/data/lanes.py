@@ -59,10 +59,7 @@ class RowReader:
         """One row. Raises UserError when a needed column is missing; a null is the method's to judge."""
         source = self.index.sources[int(self.index.block_source[block])]
         try:
-            try:
             raw = decoded.row(row)
-        except ValueError as error:
-            raise UserError(f"{self.index.place(block, row, decoded)}: {error}") from error
         except ValueError as error:
             raise UserError(f"{self.index.place(block, row, decoded)}: {error}") from error
         values = source.standard_row(raw)
