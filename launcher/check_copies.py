@@ -32,7 +32,7 @@ Seen = dict[int, RowId]
 
 
 class Copies:
-    """The rows seen so far, by fingerprint. About half a kilobyte of memory a row."""
+    """The rows seen so far, by fingerprint. About a kilobyte of memory a row."""
 
     def __init__(self) -> None:
         self._exact: dict[Side, Seen] = {"train": {}, "eval": {}}

@@ -25,6 +25,9 @@ LOOP_TOKENS = 64
 """A loop is reported from this length on; rulers and tables of characters are mostly shorter."""
 
 LOOP_PERIODS = range(1, 9)
+LONG_PERIODS = (5, 6, 7, 8)
+"""Each shorter period has a multiple among them, so that a row without loops is known from these alone."""
+
 CJK = "\u2e80"
 """From here on scripts know no blanks between words."""
 
@@ -147,8 +150,8 @@ def sample_notes(sample: Sample, vocabulary: Vocabulary) -> Iterator[Note]:
         yield Note("doubled-bos", f"tokens 0 and {again}")
     if vocabulary.unknown is not None and (unknown := np.count_nonzero(ids == vocabulary.unknown)):
         yield Note("unknown-token", f"{unknown:,} of {len(ids):,} tokens")
-    loop, period = longest_loop(ids)
-    if loop >= LOOP_TOKENS:
+    if any(_loop(ids, period) >= LOOP_TOKENS for period in LONG_PERIODS):
+        loop, period = longest_loop(ids)
         yield Note("repetitive", f"{loop:,} tokens long, {period} at a time")
 
 

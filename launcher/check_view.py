@@ -21,6 +21,9 @@ SHOWN_TOKENS = 400
 SHOWN_ROWS: dict[Severity, int] = {"error": 50, "warning": 5, "advice": 3}
 """Rows named below a finding; the page and the JSON name more."""
 
+SHOWN_ALIKE = 3
+"""Of rows about which there is the same to say."""
+
 SUPERVISED, CONTEXT = "bold green", "dim"
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "advice": "cyan"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -55,17 +58,22 @@ def verdict(findings: Sequence[Finding]) -> Text:
 def source_lines(tally: Tally, seed: int) -> Iterator[Text]:
     """A source's figures."""
     yield Text(f"\n{tally.name} ({tally.side}, {tally.row_format})", style="bold")
-    files = "1 file" if tally.plan.files == 1 else f"{tally.plan.files:,} files"
-    yield Text(f"  {files}, {units.size(tally.plan.bytes)}; {looked_at(tally, seed)}")
+    yield Text(f"  {_counted(tally.plan.files, 'file')}, {units.size(tally.plan.bytes)}; {looked_at(tally, seed)}")
     if not tally.fitted:
         return
     yield Text(
-        f"  {len(tally.fitted):,} samples; {tally.supervised_share:.1%} of {tally.tokens:,} tokens supervised"
+        f"  {_counted(len(tally.fitted), 'sample')}; "
+        f"{tally.supervised_share:.1%} of {tally.tokens:,} tokens supervised"
         + ("" if tally.complete else f"; about {units.count(tally.estimated_tokens)} tokens in all")
         + (f"; {tally.held_out:,} rows held out" if tally.held_out else "")
     )
     yield Text(f"  tokens in a sample: {lengths_text(tally)}")
     yield Text(f"  {bars_text(histogram(tally.lengths))}")
+
+
+def _counted(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def looked_at(tally: Tally, seed: int) -> str:
@@ -110,7 +118,9 @@ def finding_lines(finding: Finding) -> Iterator[Text]:
     """What, where, which rows, what to do."""
     head = Text(f"  {finding.severity:<8}", style=STYLES[finding.severity])
     yield head.append(finding.code, style="bold").append(f"  {finding.where}: {finding.what}", style="default")
-    shown = finding.rows[: SHOWN_ROWS[finding.severity]]
+    details = {row.detail for row in finding.rows}
+    alike = len(details) == 1 and "" not in details
+    shown = finding.rows[: SHOWN_ALIKE if alike else SHOWN_ROWS[finding.severity]]
     for row, detail in shown:
         yield Text(f"      {row}{': ' if detail else ''}{detail}")
     if finding.count > len(shown) > 0:

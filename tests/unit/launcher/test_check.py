@@ -95,6 +95,14 @@ def test_all_broken_rows_are_named_not_only_the_first(capsys, place):
     assert "2 samples" in said
 
 
+def test_one_reason_for_many_rows_is_not_repeated_for_each(capsys, place):
+    write_rows(place / "rows.jsonl", [{"messages": [{"role": "user", "content": f"what is {n}"}]} for n in range(40)])
+    code, said = check(capsys, "method.train_on=all")
+    assert code == 1
+    assert said.count("has no chat template") == 3
+    assert "… 37 more" in said
+
+
 def test_a_source_that_teaches_nothing_is_exit_1(capsys, place):
     write_rows(place / "rows.jsonl", [EMPTY])
     code, said = check(capsys)
@@ -115,7 +123,8 @@ def test_rows_are_taken_from_everywhere_not_from_the_head(capsys, place):
         rows = [{"prompt": f"what is {file} {row} ?", "completion": "three ."} for row in range(100)]
         write_rows(place / "rows" / f"{file}.jsonl", rows)
     words = ("data.train.0.path=rows", "--rows", "40", "--samples", "40", "--json")
-    found = json.loads(check(capsys, *words)[1])
+    assert cli.main(["check", "bot.yaml", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["sources"][0]["rows_looked_at"] == 40
     assert abs(found["sources"][0]["rows_estimated"] - 800) < 40
     page = (place / "runs" / "bot" / "check.html").read_text()
@@ -234,8 +243,10 @@ def test_secrets_in_paths_are_not_shown(capsys, place, monkeypatch):
     write_rows(place / "hidden-place" / "rows.jsonl", [GOOD])
     code, said = check(capsys, "data.train.0.path=${TOKEN}/rows.jsonl")
     assert code == 0
-    assert "hidden-place" not in said
-    assert "REDACTED/rows.jsonl" in said
+    page = (place / "runs" / "bot" / "check.html").read_text()
+    for shown in (said, page):
+        assert "hidden-place" not in shown
+        assert "REDACTED/rows.jsonl" in shown
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 97, 100])

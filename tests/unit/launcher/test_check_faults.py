@@ -206,7 +206,7 @@ def check(folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main(["check", str(folder / "recipe.yaml"), "--json", *words])
-    assert err.getvalue() == ""
+    assert "Traceback" not in err.getvalue()
     return code, json.loads(out.getvalue())
 
 
