@@ -88,6 +88,12 @@ def _denied(url: str, error: Exception) -> FtlaunchError:
     )
 
 
+def _no_credentials(url: str, error: Exception) -> UserError:
+    remedy = CREDENTIALS.get(protocol(url), "what the store asks for")
+    public = ", or for public data storage_options: {anon: true}" if protocol(url) in ("s3", "s3a") else ""
+    return UserError(f"{url}: no credentials ({error}). They come from the environment: set {remedy}{public}.")
+
+
 def _s3_code(url: str, error: Exception) -> FtlaunchError | None:
     """What S3 says, where it says so in its own words; s3fs keeps them as the cause of its OSErrors."""
     response = _response(error)
@@ -225,7 +231,8 @@ def _bug(url: str, error: Exception) -> FtlaunchError:
 _RULES: tuple[tuple[set[str], Callable[[str, Any], FtlaunchError | None]], ...] = (
     ({"FtlaunchError"}, lambda url, error: error),
     ({"FileNotFoundError"}, _not_found),
-    ({"PermissionError"} | NO_CREDENTIALS, _denied),
+    (NO_CREDENTIALS, _no_credentials),
+    ({"PermissionError"}, _denied),
     ({"IsADirectoryError", "NotADirectoryError"}, _kind),
     ({"ClientResponseError"}, _http_status),
     ({"ClientConnectorCertificateError", "SSLError"}, _untrusted),

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +120,23 @@ def _check_options(kind: str, given: Mapping[str, Any], cls: type) -> None:
     """fsspec hands unknown options on until somebody ignores them or fails without a word about their origin."""
     if kind not in EXTRA_OPTIONS:
         return
-    signatures = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
-    known = {parameter.name for one in signatures for parameter in one.parameters.values() if _is_named(parameter)}
-    known = (known | EXTRA_OPTIONS[kind]) - {"self"}
+    known = _named_options(cls) | EXTRA_OPTIONS[kind]
     for key in given.keys() - known:
         close = difflib.get_close_matches(key, known, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"storage_options.{key}: {kind}:// knows no such option; {meant}It has: {_listed(known)}")
 
 
+@cache
+def _named_options(cls: type) -> frozenset[str]:
+    signatures = [inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base)]
+    parameters = [parameter for one in signatures for parameter in one.parameters.values()]
+    return frozenset(parameter.name for parameter in parameters if _is_named(parameter)) - {"self"}
+
+
 def _is_named(parameter: inspect.Parameter) -> bool:
     return parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def _listed(names: set[str]) -> str:
+def _listed(names: frozenset[str]) -> str:
     return ", ".join(sorted(names - {"loop", "asynchronous", "session", "get_client", "batch_size"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..distributed import storage
 from ..distributed.data.build import build_index
 from ..distributed.data.hub import is_pinned
 from ..distributed.data.index import Index
@@ -36,13 +37,14 @@ def paths_of(source: Source) -> tuple[str, ...]:
 
 def index_source(source: Source, name: str) -> Index | Unknown:
     """The index of one source. Raises UserError for a place in reach that holds no usable data."""
+    options = storage.options_text(source.storage_options)
     for path in paths_of(source):
         if is_pinned(path):
             return Unknown(f"{path} is on a hub, which plan does not ask")
-        reached = ask(path, lambda: True)
+        reached = ask(path, lambda: True, options)
         if isinstance(reached, Unknown):
             return reached
-    return ask(paths_of(source)[0], lambda: build_index([source], [name]))
+    return ask(paths_of(source)[0], lambda: build_index([source], [name]), options)
 
 
 def named_sources(recipe: Recipe) -> list[tuple[str, str, Source]]:

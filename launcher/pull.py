@@ -71,7 +71,7 @@ def _copy_files(source: str, files: Sequence[FileRecord], folder: Path, say: Say
     missing = Counter(file.path for file, _ in spans)
     total, copied = max(1, sum(file.size for file in files)), 0
     with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="pull") as pool:
-        copies = pool.map(lambda one: _copy_span(source, *one, folder), spans)
+        copies = pool.map(lambda one: _copy_span(source, one[0], one[1], folder), spans)
         for (file, span), _ in zip(spans, copies, strict=True):
             copied += span.length
             missing[file.path] -= 1

@@ -30,8 +30,8 @@ class Unknown:
         return f"unknown: {self.reason}"
 
 
-def ask(place: str, look: Callable[[], T]) -> T | Unknown:
-    """What `look` finds at `place`, a path or URL.
+def ask(place: str, look: Callable[[], T], options: str = storage.NO_OPTIONS) -> T | Unknown:
+    """What `look` finds at `place`, a path or URL that is reached with storage `options`.
 
     A remote place that cannot be reached from here may be in reach where the run will be, so it is Unknown. What is
     wrong with a place that is in reach is the user's to mend: that is raised.
@@ -39,7 +39,7 @@ def ask(place: str, look: Callable[[], T]) -> T | Unknown:
     if storage.is_local(place):
         return look()
     try:
-        storage.exists(MAGIC.split(place)[0].rpartition("/")[0], QUICK)
+        storage.exists(MAGIC.split(place)[0].rpartition("/")[0], QUICK, options=options)
     except FtlaunchError as error:
         return Unknown(first_line(error))
     try:

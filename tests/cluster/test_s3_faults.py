@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from faulty_proxy import PASSING, REFUSALS, FaultyProxy
-from moto.server import ThreadedMotoServer
 from servers import moto_process
 
 from ftlaunch.distributed import storage, storage_retry, storage_throttle
 from ftlaunch.distributed.data.build import build_index
+from ftlaunch.distributed.data.index import Index
 from ftlaunch.distributed.data.stream import open_stream
+from ftlaunch.launcher.plan_data import index_source
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.methods.base import RowId, Sample
 from ftlaunch.recipes.methods.causal import lay_out
@@ -57,7 +59,11 @@ class WebHandler(SimpleHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
-        data = Path(self.translate_path(self.path)).read_bytes()
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
         asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         part = data[int(asked[1]) : int(asked[2]) + 1] if asked else data
         self.send_response(206 if asked else 200)
@@ -81,21 +87,17 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(files):
+def store(files, tmp_path_factory):
     """A bucket `acme` that holds the files, and the address of its server."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, moto_process(tmp_path_factory.mktemp("moto")) as port:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         client.create_bucket(Bucket="acme")
         for path in (files / "data").iterdir():
             client.put_object(Bucket="acme", Key=f"data/{path.name}", Body=path.read_bytes(), ACL="public-read")
-        yield host, port
-        server.stop()
+        yield "127.0.0.1", port
 
 
 @pytest.fixture
@@ -266,6 +268,33 @@ def test_other_files_that_change_in_mid_run_are_named(place, web, files, tmp_pat
         index.read_block(1)
 
 
+def test_an_endpoint_that_speaks_something_else(web, store):
+    options = {"endpoint_url": web.url}
+    with pytest.raises(UserError, match=r"s3://acme/data: no data files found.*the bucket neither"):
+        build_index([Source(path="s3://acme/data", format="text", storage_options=options)], ["s"])
+
+
+def test_http_credentials_come_from_netrc(web, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    options = {"client_kwargs": {"trust_env": True}}
+    rows_served(f"{web.url}/data/a%20%C3%BC.parquet", **options)
+    assert all(b"\r\nauthorization: basic" in head.lower() for head in web.heads)
+
+
+def test_without_credentials_the_variables_are_named(s3, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"s3://acme/data: no credentials.*AWS_ACCESS_KEY_ID.*anon: true"):
+        build_index([Source(path="s3://acme/data", format="text")], ["s"])
+    options = {"profile": "nobody"}
+    with pytest.raises(UserError, match=r"s3://acme/data: no credentials.*profile \(nobody\)"):
+        build_index([Source(path="s3://acme/data", format="text", storage_options=options)], ["s"])
+
+
 def test_two_stores_with_endpoints_of_their_own_in_one_recipe(store, other_store, files, monkeypatch):
     """The same bucket name at two endpoints, and a local file besides; the options come back with a stored index."""
     monkeypatch.delenv(ENDPOINT, raising=False)
@@ -278,8 +307,9 @@ def test_two_stores_with_endpoints_of_their_own_in_one_recipe(store, other_store
     sources.append(Source(path=str(files / "data/b.jsonl"), format="text"))
     index = build_index(sources, ["one", "two", "here"])
     assert [file.url.rpartition("/")[2] for file in index.select(1).files] == ["c.jsonl"]
+    assert isinstance(index_source(sources[1], "two"), Index), "a plan looks where the options say"
     index.save(str(files / "run"), "train")
-    again = type(index).load(str(files / "run"), "train")
+    again = Index.load(str(files / "run"), "train")
     assert again.files == index.files
     assert sum(again.read_block(block).num_rows for block in range(again.num_blocks)) == ROWS + 2 + 120
     moved = again.with_options([sources[0], Source(path="s3://acme/data", format="text"), sources[2]])
