@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from importlib import import_module
 from typing import Any
 
 import ray
@@ -26,6 +25,19 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from .imports import import_all
+
+RANK_IMPORTS = (
+    "ftlaunch.distributed.entry",
+    "torch.distributed.tensor",
+    "transformers.modeling_utils",
+    "transformers.conversion_mapping",
+)
+"""What every rank imports sooner or later."""
+
+warm_up = threading.Thread(target=import_all, args=(RANK_IMPORTS,), daemon=True)
+"""In a rank's process; joined before its program, because transformers does not bear being imported by two threads."""
 
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
@@ -66,7 +78,7 @@ class RayTrainWorkerWarmingUp(RayTrainWorker):  # type: ignore[misc]
     """Begins with the slow imports of a rank while Ray Train is still setting up."""
 
     def __init__(self) -> None:
-        threading.Thread(target=import_module, args=("ftlaunch.distributed.entry",), daemon=True).start()
+        warm_up.start()
         super().__init__()
 
 

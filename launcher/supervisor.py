@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +22,7 @@ from ..recipes.load import LoadedRecipe
 from ..recipes.schema import ClusterConfig, RayCluster
 from .control import Control, Ending
 from .hardware import Machine
+from .imports import import_all
 from .package import write_package
 from .plan_world import WorldPlan, plan_world, world_of
 from .unknown import Unknown
@@ -31,6 +31,8 @@ from .view import View
 POLL_S = 0.2
 ENDING_S = 5.0
 """For the other ranks to end by themselves after one has told of a mistake."""
+
+TRAINER_IMPORTS = ("ray.train", "ftlaunch.launcher.ray_train_compat", "ftlaunch.launcher.worker")
 
 MAX_RESTARTS = 3
 """Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
@@ -68,7 +70,7 @@ def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:
         raise UserError("\n".join(problems))
     view.update({"kind": "phase", "phase": "starting Ray"})
     # While Ray's processes come up, this one has nothing to do but wait.
-    threading.Thread(target=import_module, args=("ray.train",), daemon=True).start()
+    threading.Thread(target=import_all, args=(TRAINER_IMPORTS,), daemon=True).start()
     with _up(cluster):
         return _Training(loaded, wanted, view).run()
 

@@ -14,6 +14,7 @@ from ray.train import BackendConfig
 from ray.train.backend import Backend
 
 from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted
+from ..recipes.problems import located
 from .control import Ending, RayMonitor
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
+    from .ray_train_compat import warm_up
+
+    warm_up.join()
     from ..distributed.entry import Job, run_rank
 
     job = Job(
@@ -64,7 +68,7 @@ def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
     except Interrupted as error:
         return Ending("interrupted", str(error), error.exit_code)
     except FtlaunchError as error:
-        return Ending("failed", str(error), error.exit_code)
+        return Ending("failed", located(error, worker.loaded.origins), error.exit_code)
 
 
 def _world(context: Any, *, uses_gpus: bool) -> Any:
