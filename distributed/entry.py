@@ -20,6 +20,7 @@ import torch
 from ..recipes.errors import FtlaunchError, Interrupted, UserError
 from ..recipes.load import LoadedRecipe, as_stored, load_recipe
 from ..recipes.methods.table import build_method
+from ..recipes.problems import Origin, located
 from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from . import group as groups
@@ -311,16 +312,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     monitor = PlainMonitor(speaks=world.is_main)
     monitor.install_signal_handlers()
     secrets: tuple[str, ...] = ()
+    origins: Mapping[str, Origin] = {}
     try:
         flags, values = _split_flags(arguments)
         if not values:
             raise UserError("which recipe? torchrun … -m ftlaunch.distributed.entry recipe.yaml [key.sub=value …]")
         loaded = load_recipe(values[0], values[1:], environ=os.environ)
-        secrets = loaded.secrets
+        secrets, origins = loaded.secrets, loaded.origins
         run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=flags))
     except FtlaunchError as error:
         if world.is_main:
-            sys.stderr.write(f"{redact(str(error), secrets)}\n")
+            sys.stderr.write(f"{redact(located(error, origins), secrets)}\n")
         return error.exit_code
     return 0
 

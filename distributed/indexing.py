@@ -37,6 +37,11 @@ class Indexed:
     names: Sequence[str]
     key: str
 
+    @property
+    def keys(self) -> list[str]:
+        """Where each source stands in the recipe."""
+        return [f"{self.key}.{number}" for number in range(len(self.sources))]
+
 
 def train_index(data: Data) -> Indexed:
     """The training sources."""
@@ -83,7 +88,7 @@ def index_data(recipe: Recipe, run: RunDirectory) -> list[str]:
     for indexed in (train_index(recipe.data), eval_index(recipe.data)):
         generations = _generations(folder, indexed.prefix)
         if indexed.sources and not generations:
-            index = build_index(indexed.sources, indexed.names, key=indexed.key)
+            index = build_index(indexed.sources, indexed.names, keys=indexed.keys)
             for info in index.sources:
                 require_readable(info.format, recipe.method.type, f"source {info.name}")
             index.save(folder, indexed.prefix)
@@ -100,7 +105,7 @@ def _compare(indexed: Indexed, folder: str, generations: Sequence[str], *, accep
     if changes:
         if not accept:
             raise _changed(changes)
-        index = build_index(indexed.sources, indexed.names, key=indexed.key, known=current)
+        index = build_index(indexed.sources, indexed.names, keys=indexed.keys, known=current)
         index.save(folder, f"{indexed.prefix}.{len(generations)}")
         yield f"{indexed.key} is read as it is now:\n{changes}"
     elif current.sources != stored.sources:

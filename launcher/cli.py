@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from ..recipes.errors import FtlaunchError, UserError
+from ..recipes.problems import Origin, located
 from .arguments import arrange
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ _secrets: list[str] = []
 """Values that must not appear in an error; known once a recipe is loaded. One process runs one command."""
 
 
+_origins: dict[str, Origin] = {}
+"""Where the recipe's keys were written, for errors about their values."""
+
+
 def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
     from ..recipes.load import load_recipe
 
@@ -71,6 +76,7 @@ def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
         cluster=place.cluster,
     )
     _secrets.extend(loaded.secrets)
+    _origins.update(loaded.origins)
     return loaded
 
 
@@ -272,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except FtlaunchError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(located(error, _origins), error.exit_code)
     except CycloptsError as error:
         return _fail(f"{error}\n`ftlaunch --help` shows how it is used", 1)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from ..recipes.load import LoadedRecipe, as_stored
 from ..recipes.redact import redact
 from ..recipes.schema import Recipe, Section
 from .hardware import Machine
-from .plan_data import SourcePlan, describe, index_source, named_sources
+from .plan_data import SourcePlan, describe, index_source, keys_of, named_sources
 from .plan_duration import DurationPlan, plan_duration
 from .plan_model import MemoryPlan, ModelPlan, PlannedFile, plan_checkpoint, plan_memory, plan_model
 from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_problems, world_warnings
@@ -64,7 +64,10 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
     """Look at data and model and plan the run. Raises UserError for what the user must mend first."""
     recipe = loaded.recipe
     world = plan_world(recipe.cluster, machine)
-    found = [(split, name, source, index_source(source, name)) for split, name, source in named_sources(recipe)]
+    found = [
+        (split, name, source, index_source(source, name, key))
+        for (split, name, source), key in zip(named_sources(recipe), keys_of(recipe), strict=True)
+    ]
     lines = tuple(
         SourceLine(name, split, then(index, partial(describe, split, name, source)))
         for split, name, source, index in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..distributed import storage
@@ -35,8 +36,9 @@ def paths_of(source: Source) -> tuple[str, ...]:
     return (source.path,) if isinstance(source.path, str) else source.path
 
 
-def index_source(source: Source, name: str) -> Index | Unknown:
-    """The index of one source. Raises UserError for a place in reach that holds no usable data."""
+def index_source(source: Source, name: str, key: str = "") -> Index | Unknown:
+    """The index of one source, which stands at `key` in the recipe. Raises UserError for a place in reach that holds no
+    usable data."""
     options = storage.options_text(source.storage_options)
     for path in paths_of(source):
         if is_pinned(path):
@@ -44,7 +46,7 @@ def index_source(source: Source, name: str) -> Index | Unknown:
         reached = ask(path, lambda: True, options)
         if isinstance(reached, Unknown):
             return reached
-    return ask(paths_of(source)[0], lambda: build_index([source], [name]), options)
+    return ask(paths_of(source)[0], lambda: build_index([source], [name], keys=[key]), options)
 
 
 def named_sources(recipe: Recipe) -> list[tuple[str, str, Source]]:
@@ -55,6 +57,13 @@ def named_sources(recipe: Recipe) -> list[tuple[str, str, Source]]:
         evals = zip(source_names(recipe.data.eval), recipe.data.eval, strict=True)
         found += [("eval", name, source) for name, source in evals]
     return found
+
+
+def keys_of(recipe: Recipe) -> Iterator[str]:
+    """Where the sources of `named_sources` stand in the recipe."""
+    yield from (f"data.train.{number}" for number in range(len(recipe.data.train)))
+    if not isinstance(recipe.data.eval, EvalSplit):
+        yield from (f"data.eval.{number}" for number in range(len(recipe.data.eval)))
 
 
 def describe(split: str, name: str, source: Source, index: Index) -> SourcePlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -37,6 +37,8 @@ class LoadedRecipe:
     path: str
     warnings: tuple[str, ...]
     secrets: tuple[str, ...]
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """Where each dotted key was written."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _validate(document: Document, path: str) -> LoadedRecipe:
     if problems or recipe is None:
         raise _error(document, path, problems)
     warnings = tuple(str(_placed(document, problem).redacted(document.secrets)) for problem in advice(recipe))
-    return LoadedRecipe(recipe, path, warnings, tuple(dict.fromkeys(document.secrets)))
+    return LoadedRecipe(recipe, path, warnings, tuple(dict.fromkeys(document.secrets)), document.origins)
 
 
 def _recipe_of(data: Any) -> tuple[Recipe | None, list[Problem]]:

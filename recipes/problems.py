@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .errors import UserError
+from .errors import KeyedError, UserError
 from .redact import redact
 
 COMMAND_LINE = "command line"
@@ -56,6 +56,14 @@ def _place(path: str, problem: Problem) -> tuple[int, str, int]:
     origin = problem.origin or Origin(path)
     order = 0 if origin.file == path else 2 if origin.line is None else 1
     return order, origin.file, origin.line or 0
+
+
+def located(error: Exception, origins: Mapping[str, Origin]) -> str:
+    """An error's message; where it is about a key of the recipe, with the file and line that the key stands in."""
+    key = error.key if isinstance(error, KeyedError) else ""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return f"{origins[key]}: {error}" if key else str(error)
 
 
 def dotted(parent: str, child: str | int) -> str:

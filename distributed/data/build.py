@@ -26,18 +26,17 @@ def build_index(
     sources: Sequence[Source],
     names: Sequence[str],
     *,
-    key: str = "",
+    keys: Sequence[str] = (),
     block_bytes: int = lines.BLOCK_BYTES,
     known: Index | None = None,
 ) -> Index:
-    """Find the sources' files and cut them into blocks. `names`: what the sources are called in reports; `key`: the
-    recipe's list that they stand in, for errors; `known`: an earlier index, whose unchanged files are not scanned
+    """Find the sources' files and cut them into blocks. `names`: what the sources are called in reports; `keys`:
+    where they stand in the recipe, for errors; `known`: an earlier index, whose unchanged files are not scanned
     again.
 
     Raises UserError: nothing found, an unknown kind of file, an empty file, a missing column, no rows at all.
     """
-    keys = [f"{key}.{number}" if key else f"source {name}" for number, name in enumerate(names)]
-    found = [find_files(source, place) for source, place in zip(sources, keys, strict=True)]
+    found = [find_files(*one) for one in zip(sources, keys or [""] * len(sources), strict=True)]
     scan = _Scanner(block_bytes, known)
     scanned = [in_parallel(partial(scan, first=group[0]), group) for group in found]
     infos = tuple(settle(*one) for one in zip(sources, names, scanned, strict=True))

@@ -44,21 +44,22 @@ class SourceInfo(NamedTuple):
 
 
 def find_files(source: Source, key: str) -> list[FileInfo]:
-    """The files that a source's path means, in order. `key`: the source's place in the recipe, for errors.
+    """The files that a source's path means, in order. `key`: the source's place in the recipe, for errors; "": none.
 
     Raises UserError: nothing there, a file of no known kind, a file that is meant twice."""
     options = storage.options_text(source.storage_options)
+    where = f"{key}.path" if key else ""
     files = []
     for path in paths_of(source):
         there = _path_files(source, path, options)
         if not there:
-            raise KeyedError(f"{path}: no data files found. {_near(path, options)}{_hub_hint(path)}", f"{key}.path")
+            raise KeyedError(f"{path}: no data files found. {_near(path, options)}{_hub_hint(path)}", where)
         files += there
     for file in files:
         if kind_of(file.url) is None:
             known = ", ".join(SUFFIXES)
-            raise KeyedError(f"{file.url}: not a known kind of data file. Known: {known}.", f"{key}.path")
-    _must_differ(files, key)
+            raise KeyedError(f"{file.url}: not a known kind of data file. Known: {known}.", where)
+    _must_differ(files, where)
     return files
 
 
@@ -84,14 +85,14 @@ def _path_files(source: Source, path: str, options: str) -> list[FileInfo]:
     return listed if is_pattern or len(listed) == 1 else of_first_tier(listed)
 
 
-def _must_differ(files: Sequence[FileInfo], key: str) -> None:
+def _must_differ(files: Sequence[FileInfo], where: str) -> None:
     """A row that comes twice must be meant to."""
     twice = [url for url, count in Counter(file.url for file in files).items() if count > 1]
     if twice:
         raise KeyedError(
             f"{twice[0]} is meant by two of the paths, so its rows would be read twice. Name every file once; to serve "
             "a source more than once an epoch, see weight and num_epochs.",
-            f"{key}.path",
+            where,
         )
 
 
