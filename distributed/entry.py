@@ -250,6 +250,9 @@ def _where(
         return Extent(), None
     extent = Extent(**state["extent"])
     if state["data"] == data.digest:
+        weights = data.new_weights(state["stream"])
+        if recorder and weights:
+            recorder.message(f"behind step {extent.steps} samples are drawn by new weights: {weights}")
         return extent, state["stream"]
     if same_sources(state["data"], data.digest):
         again = data.begin_epoch_again(state["stream"])
@@ -257,7 +260,8 @@ def _where(
     else:
         note, served, states = "it is read from its beginning", 0, None
     if recorder:
-        recorder.message(f"data.train has changed: {note}", level="warning")
+        what = "data.train, or its order (train.seed, data.shuffle, weights or none),"
+        recorder.message(f"{what} has changed: {note}", level="warning")
     return replace(extent, served_bytes=served), states
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from ..recipes.methods.base import Method
-from ..recipes.schema import EvalSplit, Recipe
+from ..recipes.schema import EvalSplit, Recipe, Source
 from .attempt import Attempt
 from .data.epoch_again import EpochAgain, begin_epoch_again
 from .data.evaluation import EvalBatches
 from .data.index import Index
-from .data.lane_plan import plan_lanes
+from .data.lane_plan import by_source, integer_weights_of, order_key, plan_lanes
 from .data.parts import MicroBatch
 from .data.stream import Stream, open_stream, usual_readers
 from .evaluate import Reader
@@ -26,7 +26,7 @@ from .world import World
 
 @dataclass(frozen=True)
 class RunData:
-    """What one rank reads. `digest` tells which files the index is of."""
+    """What one rank reads. `digest` tells which files the index is of, and in which order they are read."""
 
     recipe: Recipe
     method: Method
@@ -64,22 +64,33 @@ class RunData:
         """End the readers."""
         self.stream.close()
 
+    def new_weights(self, states: Mapping[str, Any]) -> str | None:
+        """What the sources are drawn by from now on, where it is not what they were drawn by; in words."""
+        names = [info.name for info in self.train.sources]
+        now = dict(zip(names, integer_weights_of(self.recipe.data), strict=True))
+        before = next(iter(states.values()))["weights"]
+        if not by_source(self.recipe.data) or before == now:
+            return None
+        return f"{_in_words(now)} (before: {_in_words(before)})"
+
     def eval_sets(self) -> dict[str, Reader]:
         """Readers of the held-out sets by name."""
         data = self.recipe.data
         if isinstance(data.eval, EvalSplit):
             return {
-                info.name: partial(self._eval_batches, self.train.select(number), data.eval.fraction)
+                info.name: partial(
+                    self._eval_batches, self.train.select(number), data.train[number], data.eval.fraction
+                )
                 for number, info in enumerate(self.train.sources)
             }
         if self.eval is None:
             return {}
         return {
-            info.name: partial(self._eval_batches, self.eval.select(number), None)
+            info.name: partial(self._eval_batches, self.eval.select(number), data.eval[number], None)
             for number, info in enumerate(self.eval.sources)
         }
 
-    def _eval_batches(self, index: Index, fraction: float | None) -> Iterator[MicroBatch]:
+    def _eval_batches(self, index: Index, source: Source, fraction: float | None) -> Iterator[MicroBatch]:
         return iter(
             EvalBatches(
                 index,
@@ -89,9 +100,14 @@ class RunData:
                 micro_batch_size=self.recipe.train.micro_batch_size,
                 encode=self.encode,
                 collate=self.method.collate,
+                source=source,
                 held_out_fraction=fraction,
             )
         )
+
+
+def _in_words(weights: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {weight / sum(weights.values()):.4g}" for name, weight in weights.items())
 
 
 def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Attempt, group: Group) -> RunData:
@@ -110,7 +126,7 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
         group=group,
         train=train_blocks,
         eval=load_index(attempt.run, evals) if evals.sources else None,
-        digest=digest_of(train, train_blocks),
+        digest=f"{order_key(recipe.data, recipe.train)}, {digest_of(train, train_blocks)}",
         encode=encode,
         stream=stream,
     )

@@ -13,6 +13,7 @@ from rich.text import Text
 from ..distributed import storage
 from ..distributed.data.build import build_index
 from ..distributed.data.held_out import held_out
+from ..distributed.data.intake import policies
 from ..distributed.data.template import TextEncoder
 from ..distributed.run_directory import CHECK_REPORT
 from ..recipes.errors import FtlaunchError, UserError
@@ -115,8 +116,9 @@ class Checker:
         index = build_index([source], [name])
         row_format = index.sources[0].format
         require_readable(row_format, self._recipe.method.type, f"source {name}")
-        tally = Tally(name, side, describe(side, name, source, index), row_format, index.num_rows(0))
-        eye = Eye(index, self._recipe, self._method, self._encoder)
+        overlong = policies(index, self._recipe.data, [source])[0]
+        tally = Tally(name, side, describe(side, name, source, index), row_format, index.num_rows(0), overlong)
+        eye = Eye(index, self._recipe, overlong, self._method, self._encoder)
         number, sources = place
         for glimpse in look_at(eye, self._options.rows, self._options.seed):
             tally.add(glimpse, self._vocabulary, self._options.samples)

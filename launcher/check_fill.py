@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..distributed.data.pack import Address, Waiting, next_bin
+from ..distributed.data.pack import Address, PackBuffer, Waiting, next_bin
 from ..distributed.data.parts import LENGTH_MULTIPLE
-from ..recipes.methods.base import RowId, Sample
 from ..recipes.schema import Recipe
 
 LENGTHS = 4_000
@@ -35,13 +34,12 @@ def estimate_fill(lengths: Sequence[int], recipe: Recipe, seed: int) -> Fill:
 
 
 def _packed_bins(lengths: Sequence[int], recipe: Recipe) -> int:
-    nowhere = Sample(np.zeros(0, np.int32), np.zeros(0, np.bool_), RowId("", "", 0, 0))
-    coming = [Waiting(nowhere, Address(0, 0, 0), length) for length in lengths]
-    buffer: list[Waiting] = []
+    coming = [Waiting((), Address(0, 0), length) for length in lengths]
+    buffer = PackBuffer()
 
     def refill() -> None:
         while coming and len(buffer) < recipe.data.pack_buffer:
-            buffer.append(coming.pop())
+            buffer.add(coming.pop())
 
     bins = 0
     while next_bin(buffer, recipe.data.sequence_length, refill):

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..distributed.data.logical import SPLITTABLE
 from ..recipes.formats import REQUIRED
 from ..recipes.methods.base import RowId, Sample
-from ..recipes.schema import RowFormat
+from ..recipes.schema import Overlong, RowFormat
 from .check_copies import Side, answer_digest
 from .check_findings import Collector, Finding, Note, about
 from .check_rows import Vocabulary, ends_in_special
@@ -45,6 +44,7 @@ class Tally:
     plan: SourcePlan
     row_format: RowFormat
     known_rows: int | None
+    overlong: Overlong
     rows: int = 0
     complete: bool = False
     """Every row was looked at."""
@@ -93,7 +93,7 @@ class Tally:
     @property
     def is_split(self) -> bool:
         """Long rows are split, so that nothing of them is lost."""
-        return self.row_format in SPLITTABLE
+        return self.overlong == "split"
 
     @property
     def tokens(self) -> int:

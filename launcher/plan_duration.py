@@ -75,7 +75,10 @@ def plan_epoch(recipe: Recipe, sources: Sequence[SourcePlan | Unknown], stats: S
     samples = [_samples(recipe, source, stats.get(source.name), unsampled) for source in known]
     lengths = [_mean_length(stats.get(source.name), unsampled) for source in known]
     if recipe.data.train[0].weight is not None:
-        samples = _drawn(recipe.data.train, samples)
+        samples = _drawn(recipe, samples)
+    else:
+        passes = [_passes(source, recipe) for source in recipe.data.train]
+        samples = [_times(count, each or 1.0) for count, each in zip(samples, passes, strict=True)]
     return Epoch(
         _total(samples), _total([_times(count, length) for count, length in zip(samples, lengths, strict=True)])
     )
@@ -99,14 +102,23 @@ def _mean_length(stats: SampleStats | None, unsampled: Unknown) -> float | Unkno
     return stats.tokens_per_row / stats.samples_per_row if stats.samples_per_row else 0.0
 
 
-def _drawn(sources: Sequence[TrainSource], samples: Sequence[float | Unknown]) -> list[float | Unknown]:
+def _passes(source: TrainSource, recipe: Recipe) -> float | None:
+    """Passes over a source in each epoch of the run; None: as many as it takes."""
+    if source.num_epochs is not None:
+        return source.num_epochs / (recipe.train.num_epochs or 1)
+    return None if source.repeat else 1.0
+
+
+def _drawn(recipe: Recipe, samples: Sequence[float | Unknown]) -> list[float | Unknown]:
     """Samples drawn from each source until the primary one ends."""
+    sources = recipe.data.train
     primary = next((number for number, source in enumerate(sources) if source.primary), 0)
     per_weight = _divide(samples[primary], sources[primary].weight or 1.0)
     drawn = [_times(per_weight, source.weight or 0.0) for source in sources]
+    passes = [_passes(source, recipe) for source in sources]
     return [
-        wanted if source.repeat else _smaller(wanted, there)
-        for source, wanted, there in zip(sources, drawn, samples, strict=True)
+        wanted if most is None else _smaller(wanted, _times(there, most))
+        for most, wanted, there in zip(passes, drawn, samples, strict=True)
     ]
 
 

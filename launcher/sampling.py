@@ -16,14 +16,15 @@ from ..distributed import storage
 from ..distributed.data.block import Block
 from ..distributed.data.cache import BlockCache
 from ..distributed.data.index import Index
+from ..distributed.data.intake import policies
 from ..distributed.data.lanes import RowReader
-from ..distributed.data.logical import SPLITTABLE
 from ..distributed.data.pack import fit
 from ..distributed.data.template import TextEncoder, load_tokenizer
 from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Rejected, Row, RowId, Sample
 from ..recipes.methods.table import build_method
-from ..recipes.schema import Recipe
+from ..recipes.naming import source_names
+from ..recipes.schema import Overlong, Recipe
 from .plan_duration import SampleStats
 from .plan_model import is_on_hub
 from .unknown import Unknown, ask, then
@@ -65,11 +66,12 @@ class Eye:
     """Looks at rows of a source as training would: read, encoded, fitted into sequences. Whatever is wrong with a row
     is its own affair, so that the others can be looked at too."""
 
-    def __init__(self, index: Index, recipe: Recipe, method: Method, encoder: TextEncoder) -> None:
+    def __init__(self, index: Index, recipe: Recipe, overlong: Overlong, method: Method, encoder: TextEncoder) -> None:
         self.index = index
         self.blocks = BlockCache(index.read_block)
         self._rows = RowReader(index, self.blocks)
         self._data, self._method, self._encoder = recipe.data, method, encoder
+        self._overlong = overlong
 
     def look(self, block: int, row: int, decoded: Block) -> Looked:
         """One row of a decoded block."""
@@ -89,7 +91,7 @@ class Eye:
             return Looked(row_id, values, None, encoded)
         sample = replace(encoded, row=row_id)
         try:
-            fitted = fit(sample, self._data.sequence_length, self._data.overlong, row_format in SPLITTABLE)
+            fitted = fit(sample, self._data.sequence_length, self._overlong)
         except UserError as error:  # data.overlong: error
             return Looked(row_id, values, sample, Fault("overlong-refused", str(error)))
         return Looked(row_id, values, sample, fitted)
@@ -217,16 +219,21 @@ def sample_sources(recipe: Recipe, indexes: Mapping[str, Index | Unknown]) -> di
 
 def _sample_all(recipe: Recipe, indexes: Mapping[str, Index | Unknown], encoder: TextEncoder) -> dict[str, SampleStats]:
     method = build_method(recipe.method)
+    sources = dict(zip(source_names(recipe.data.train), recipe.data.train, strict=True))
     found = {name: index for name, index in indexes.items() if isinstance(index, Index)}
-    return {name: sample_source(index, recipe, method, encoder) for name, index in found.items()}
+    return {
+        name: sample_source(
+            Eye(index, recipe, policies(index, recipe.data, [sources[name]])[0], method, encoder), recipe.train.seed
+        )
+        for name, index in found.items()
+    }
 
 
-def sample_source(index: Index, recipe: Recipe, method: Method, encoder: TextEncoder) -> SampleStats:
+def sample_source(eye: Eye, seed: int) -> SampleStats:
     """From `SAMPLE_ROWS` rows. Raises UserError for a broken one."""
-    eye = Eye(index, recipe, method, encoder)
     rows = samples = tokens = 0
     num_bytes = 0.0
-    for looked, row_bytes, _ in look_at(eye, SAMPLE_ROWS, recipe.train.seed):
+    for looked, row_bytes, _ in look_at(eye, SAMPLE_ROWS, seed):
         if isinstance(looked.fitted, Fault):
             raise UserError(looked.fitted.message)
         if isinstance(looked.fitted, list):

@@ -53,6 +53,26 @@ def primary_source(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"data.train.{index}.primary", "a second primary source", "mark one source only")
 
 
+def source_epochs(recipe: Recipe) -> Iterator[Problem]:
+    """Passes of a source's own say when it ends; the source that ends the run has none, and without weights all must
+    end."""
+    sources, train = recipe.data.train, recipe.train
+    weighted = any(source.weight is not None for source in sources)
+    primary = next((index for index, source in enumerate(sources) if source.primary), 0)
+    endless = train.num_epochs is None and (train.max_steps is not None or train.max_tokens is not None)
+    for index, source in enumerate(sources):
+        key = f"data.train.{index}.num_epochs"
+        if source.num_epochs is None:
+            continue
+        if weighted and index == primary:
+            yield Problem(key, "the run's epochs are counted on this source", "set train.num_epochs, or leave it out")
+        elif weighted and not source.repeat:
+            yield Problem(key, "repeat: false says already when this source ends", "leave one out")
+        elif not weighted and endless:
+            remedy = "count the run in epochs (train.num_epochs), or give every source a weight"
+            yield Problem(key, "the other sources have no end: train.num_epochs is not given", remedy)
+
+
 def one_duration(recipe: Recipe) -> Iterator[Problem]:
     """Epochs, steps or tokens: the first that is given rules, so a second one is a contradiction."""
     given = [key for key in ("num_epochs", "max_steps", "max_tokens") if getattr(recipe.train, key) is not None]
@@ -169,6 +189,7 @@ def method_reads_format(recipe: Recipe) -> Iterator[Problem]:
 CHECKS: tuple[Check, ...] = (
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
+    Check(source_epochs, ("data", "train")),
     Check(one_duration, ("train",)),
     Check(one_warmup, ("train",)),
     Check(warmup_leaves_room_for_decay, ("train",)),

@@ -88,6 +88,7 @@ RowFormat = Literal[
     "binary_preference",
     "ranking",
 ]
+Overlong = Literal["split", "drop", "truncate_left", "truncate_right", "error"]
 
 
 class Source(Section):
@@ -114,6 +115,8 @@ class Source(Section):
     take: PositiveInt | None = None
     """Rows used after those; None: all. Where files do not say how many rows they hold (JSON lines), they are read
     once as far as needed when the run first starts."""
+    overlong: Overlong | None = None
+    """What becomes of rows longer than a sequence; None: as data.overlong says."""
 
 
 class TrainSource(Source):
@@ -126,6 +129,9 @@ class TrainSource(Source):
     """With weights, epochs are counted on the primary source; by default the first."""
     repeat: bool = True
     """With weights: a source that ends before the primary one begins again (true), or stays out (false)."""
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over this source in the run, in part too: 0.5 serves half of it, 2.5 some of its rows three times. None:
+    train.num_epochs. With weights: after so many passes the source stays out."""
 
 
 class EvalSplit(Section):
@@ -148,8 +154,9 @@ class Data(Section):
     """Put several samples into one sequence; they never see each other. Off: one sample a sequence."""
     pack_buffer: PositiveInt = 64
     """Samples that wait per stream for a sequence they fit; 64 fills 99.9 % of log-normal lengths."""
-    overlong: Literal["drop", "truncate_left", "truncate_right", "error"] = "drop"
-    """A chat or completion longer than a sequence. Text is always split. Every case is counted in the report."""
+    overlong: Overlong | None = None
+    """A row longer than a sequence: `split` cuts it into pieces, `truncate_left` keeps its end, `truncate_right` its
+    beginning, `drop` leaves it out, `error` stops. None: text is split, anything else dropped. All are counted."""
     shuffle: bool = True
     """Off: rows come in file order (within each stream)."""
     streams: PositiveInt | None = None

@@ -1,4 +1,10 @@
-"""What became of the rows of each source: nothing is dropped without a number."""
+"""What became of the rows of each source: nothing is dropped without a number.
+
+Counted when a row is read: `rows`, `rejected/REASON`, `truncated`, `split`, and `lost_tokens`: of rows longer than a
+sequence, those that are not trained on. Counted when a sequence is handed out: `samples`, `tokens`, `supervised`. So
+the shares of tokens are of what was trained on; `rows` is ahead of them by what waits in the packing buffers, and a
+run that ends with its data leaves those empty.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Counts = dict[str, dict[str, int]]
-"""Source -> counter -> count. Counters: rows, tokens, supervised, truncated, split, rejected/REASON."""
+"""Source -> counter -> count."""
 
 
 def add(counts: Counts, source: str, name: str, number: int = 1) -> None:

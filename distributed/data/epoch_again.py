@@ -10,18 +10,19 @@ stay.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from .lane_plan import LanePlan
-from .lanes import Position
+from .lanes import Position, bytes_of_epochs
 
 States = Mapping[str, Mapping[str, Any]]
 """Stream's number -> its state, of all ranks."""
 
 
 class EpochAgain(NamedTuple):
-    """States of all streams on the new order, and the bytes of it that count as served. `epoch`: of the primary lane,
-    from 0."""
+    """States of all streams on the new order, and the bytes of it that count as served. `epoch`: of the lane
+    that the run is counted on, from 0."""
 
     states: dict[str, dict[str, Any]]
     served_bytes: int
@@ -31,10 +32,11 @@ class EpochAgain(NamedTuple):
 def begin_epoch_again(states: States, plans: Sequence[LanePlan]) -> EpochAgain:
     """`states`: taken on the old files; `plans`: the lanes of the new ones."""
     epochs = {plan.order.name: min(_epoch(state, plan.order.name) for state in states.values()) for plan in plans}
-    primary = next(plan for plan in plans if plan.primary)
-    epoch = epochs[primary.order.name]
+    counted = [plan for plan in plans if plan.counted]
+    epoch = min(epochs[plan.order.name] for plan in counted)
     served = {
-        number: sum(primary.order.segment_bytes(int(number), earlier) for earlier in range(epoch)) for number in states
+        number: sum(bytes_of_epochs(plan.order, int(number), Fraction(epochs[plan.order.name])) for plan in counted)
+        for number in states
     }
     again = {
         number: {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
-from ...recipes.schema import Data
+from ...recipes.schema import Data, Source
 from . import counters
 from .cache import BlockCache
 from .held_out import held_out
 from .index import Index
+from .intake import Encode, policies
 from .lane_plan import ALL_SOURCES
 from .lanes import LaneReader, RowReader
-from .logical import Encode, Lane, LogicalStream
+from .logical import Lane, LogicalStream
 from .order import LaneOrder
 from .parts import Collate, MicroBatch, collated_length
 
@@ -20,8 +22,9 @@ from .parts import Collate, MicroBatch, collated_length
 class EvalBatches:
     """An iterator over one rank's micro-batches of an eval set; ranks may have different numbers of them.
 
-    Rank r reads the r-th of `world_size` parts of equal bytes. With `held_out_fraction`, `index` is of training
-    data and only its held-out rows are served. Every bin is packed as in training. `counters` are complete at the end.
+    `index` is of `source` alone; with `held_out_fraction` that is training data, and only its held-out rows are served.
+    Rank r reads the r-th of `world_size` parts of equal bytes. Every bin is packed as in training.
+    `counters` are complete at the end.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class EvalBatches:
         micro_batch_size: int,
         encode: Encode,
         collate: Collate,
+        source: Source,
         held_out_fraction: float | None = None,
     ) -> None:
         self._cache = BlockCache(index.read_block, stored_bytes=lambda block: int(index.block_bytes[block]))
@@ -47,8 +51,9 @@ class EvalBatches:
         def keep(row: Mapping[str, Any]) -> bool:
             return held_out_fraction is None or held_out(row, held_out_fraction)
 
-        reader = LaneReader(order, blocks, stream=world_rank, rows=rows, keep=keep, max_epochs=1)
-        self._stream = LogicalStream([Lane(ALL_SOURCES, reader, 1, True)], rows, data, encode)
+        reader = LaneReader(order, blocks, stream=world_rank, rows=rows, keep=keep, max_epochs=Fraction(1))
+        lanes = [Lane(ALL_SOURCES, reader, 1, True)]
+        self._stream = LogicalStream(lanes, rows, data, encode, policies(index, data, [source]))
 
     @property
     def counters(self) -> counters.Counts:

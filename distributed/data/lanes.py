@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,11 +84,19 @@ class RowReader:
         return Drawn(block, row, self.values(self.cache.get(block), block, row))
 
 
+def bytes_of_epochs(order: LaneOrder, stream: int, epochs: Fraction) -> int:
+    """Bytes that a stream serves in so many epochs; the last one may be served in part."""
+    whole = math.floor(epochs)
+    part = math.floor((epochs - whole) * order.segment_bytes(stream, whole))
+    return sum(order.segment_bytes(stream, epoch) for epoch in range(whole)) + part
+
+
 class LaneReader:
     """One stream's way through one lane.
 
     `block_ids` [blocks of the lane]: their numbers in the index. `max_epochs` None: for ever, unless no row was
-    kept for so many epochs that every segment must have come by.
+    kept for so many epochs that every segment must have come by. Of a part of an epoch the stream serves that part of
+    its segment's bytes, from the front of the shuffled order.
     """
 
     def __init__(
@@ -97,7 +107,7 @@ class LaneReader:
         stream: int,
         rows: RowReader,
         keep: Callable[[Row], bool],
-        max_epochs: int | None,
+        max_epochs: Fraction | None,
     ) -> None:
         self._order = order
         self._block_ids = block_ids
@@ -105,6 +115,8 @@ class LaneReader:
         self._rows = rows
         self._keep = keep
         self._max_epochs = max_epochs
+        self._whole_epochs = 0 if max_epochs is None else math.floor(max_epochs)
+        self._total_bytes = 0 if max_epochs is None else bytes_of_epochs(order, stream, max_epochs)
         self._window: Window | None = None
         self._segment: Segment | None = None
         self._ahead: list[Future[Block]] = []
@@ -120,7 +132,7 @@ class LaneReader:
 
     def draw(self) -> Drawn | None:
         """The next row that is kept; None when the lane has ended for this stream."""
-        while not self._ended():
+        while not self.has_ended():
             window = self._open_window()
             if window is None:
                 self._next_epoch()
@@ -136,24 +148,30 @@ class LaneReader:
 
     def served_bytes(self) -> int:
         """Bytes of the order that lie behind; a window's in proportion to its rows."""
-        if self._ended():
-            return self._bytes_of_epochs
-        window = self._open_window()  # after a restore it may not be open yet
-        assert self._segment is not None
-        served = self._bytes_of_epochs + self._segment.bytes_before(self.position.slice)
-        if window is not None and len(window.row):
-            served += window.nbytes * self.position.offset // len(window.row)
-        return served
+        return self._bytes_of_epochs + (0 if self.has_ended() else self._bytes_of_epoch())
 
     def total_bytes(self) -> int:
         """Bytes this stream serves in all its epochs; 0 when they have no end."""
-        return sum(self._order.segment_bytes(self._stream, epoch) for epoch in range(self._max_epochs or 0))
+        return self._total_bytes
 
-    def _ended(self) -> bool:
-        epoch = self.position.epoch
-        if self._max_epochs is not None and epoch >= self._max_epochs:
-            return True
-        return epoch - self.position.kept_epoch > self._order.streams + 8
+    def progress(self) -> float:
+        """Share of its bytes that lie behind."""
+        return self.served_bytes() / self._total_bytes if self._total_bytes else 1.0
+
+    def has_ended(self) -> bool:
+        """Whether no row is left for this stream."""
+        if self._max_epochs is not None and self.position.epoch >= self._whole_epochs:
+            left = self._total_bytes - self._bytes_of_epochs  # of a last epoch that is served in part
+            return left <= 0 or self._bytes_of_epoch() >= left
+        return self.position.epoch - self.position.kept_epoch > self._order.streams + 8
+
+    def _bytes_of_epoch(self) -> int:
+        window = self._open_window()  # after a restore it may not be open yet
+        assert self._segment is not None
+        served = self._segment.bytes_before(self.position.slice)
+        if window is not None and len(window.row):
+            served += window.nbytes * self.position.offset // len(window.row)
+        return served
 
     def _take(self, window: Window) -> Drawn:
         offset = self.position.offset

@@ -16,9 +16,10 @@ from ...recipes.schema import Data, Train
 from . import counters
 from .cache import BlockCache
 from .index import Index
+from .intake import Encode, policies
 from .lane_plan import keeper, plan_lanes
 from .lanes import LaneReader, RowReader
-from .logical import Bin, Encode, Lane, LogicalStream
+from .logical import Bin, Lane, LogicalStream
 from .node_cache import BlockReader, NodePlace
 from .share import Share
 
@@ -195,6 +196,7 @@ class PartSpec:
         rows = RowReader(self.index, cache)
         plans = plan_lanes(self.index, self.data, self.train, self.share.num_streams)
         keep = keeper(self.data)
+        overlong = policies(self.index, self.data, self.data.train)
 
         def logical(number: int) -> LogicalStream:
             readers = [
@@ -202,10 +204,10 @@ class PartSpec:
                 for plan in plans
             ]
             lanes = [
-                Lane(plan.order.name, reader, plan.weight, plan.primary)
+                Lane(plan.order.name, reader, plan.weight, plan.counted)
                 for plan, reader in zip(plans, readers, strict=True)
             ]
-            return LogicalStream(lanes, rows, self.data, self.encode)
+            return LogicalStream(lanes, rows, self.data, self.encode, overlong)
 
         return PartReader(
             {number: logical(number) for number in self.share.streams},

@@ -12,8 +12,8 @@ from ...recipes.schema import Recipe
 from . import counters
 from .feed import AHEAD_BYTES, Feed, ThreadFeed
 from .index import Index
-from .lane_plan import plan_lanes
-from .logical import Encode
+from .intake import Encode
+from .lane_plan import plan_lanes, total_bytes
 from .node_cache import LARGE_BYTES, NodeFolder
 from .parts import Collate, MicroBatch, PartSpec, States, split_share
 from .process_feed import ProcessFeed
@@ -135,14 +135,13 @@ def open_stream(
     share = share_of(world_rank, world_size, streams, train.global_batch_size, train.micro_batch_size)
     shares = split_share(share, train.micro_batch_size, max(1, reader_processes))
     open_feed = ProcessFeed if reader_processes else ThreadFeed
-    main = next(plan for plan in plan_lanes(index, data, train, streams) if plan.primary)
     node = NodeFolder(node_key) if node_key and (index.block_bytes >= LARGE_BYTES).any() else None
     place, cache_bytes = node.place if node else None, CACHE_BYTES // len(shares)
     feeds: list[Feed] = []
     for part in shares:
         spec = PartSpec(index, data, train, part, encode, collate, pad_to_full, cache_bytes, place)
         feeds.append(open_feed(spec, ahead_bytes=AHEAD_BYTES // len(shares)))
-    return Stream(feeds, share, main.order.nbytes * (main.max_epochs or 0), node)
+    return Stream(feeds, share, total_bytes(plan_lanes(index, data, train, streams)), node)
 
 
 def usual_readers(cores_per_rank: int, *, on_gpu: bool) -> int:

@@ -7,16 +7,13 @@ import tempfile
 from collections import Counter
 from contextlib import closing
 from fractions import Fraction
-from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streams import KINDS, Case, Run, Source, collate, encode, make_case, rows_in, run_to_end, sum_counters, write
 
 from ftlaunch.distributed.data import feed, order
 from ftlaunch.distributed.data import stream as stream_module
@@ -24,155 +21,15 @@ from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.evaluation import EvalBatches
 from ftlaunch.distributed.data.held_out import held_out
 from ftlaunch.distributed.data.share import share_of
-from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.errors import UserError
-from ftlaunch.recipes.methods.base import IGNORED, Batch, Rejected, RowId, Sample
-from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train, TrainSource
-
-NOWHERE = RowId("", "", 0, 0)
-
-
-def encode(row, row_format):
-    """A row "ID LENGTH" becomes LENGTH + 1 tokens ID, LENGTH of them targets; length 0 is refused."""
-    number, length = map(int, row["text"].split())
-    if length == 0:
-        return Rejected("empty", "length 0")
-    return Sample(np.full(length + 1, number, np.int32), np.ones(length + 1, bool), NOWHERE)
-
-
-def collate(bins, length):
-    ids = np.full((len(bins), length), -1, np.int64)
-    positions, targets = np.zeros_like(ids), np.full_like(ids, IGNORED)
-    for place, samples in enumerate(bins):
-        at = 0
-        for sample in samples:
-            stop = at + len(sample)
-            ids[place, at:stop] = sample.input_ids
-            positions[place, at:stop] = np.arange(len(sample))
-            targets[place, at : stop - 1] = sample.input_ids[1:]
-            at = stop
-    rows = tuple(tuple(sample.row for sample in samples) for samples in bins)
-    return Batch(ids, positions, targets, rows, int((ids >= 0).sum()))
-
-
-class Source(NamedTuple):
-    lengths: list[list[int]]
-    """[files][rows]"""
-    kind: str
-    weight: float | None = None
-
-
-def write(folder, sources):
-    """Files of rows "ID LENGTH", numbered through all sources. Returns the sources and each one's ids."""
-    number, recipes, ids = 0, [], []
-    for s, source in enumerate(sources):
-        place = Path(folder) / f"s{s}"
-        place.mkdir()
-        first = number
-        for f, lengths in enumerate(source.lengths):
-            texts = [f"{number + i} {length}" for i, length in enumerate(lengths)]
-            number += len(texts)
-            if source.kind == "parquet":
-                pq.write_table(
-                    pa.table({"text": pa.array(texts, pa.string())}), place / f"{f}.parquet", row_group_size=5
-                )
-            else:
-                lines = [json.dumps({"text": text, "pad": "é" * (len(text) * 3 % 17)}) for text in texts]
-                (place / f"{f}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        recipes.append(TrainSource(path=str(place), format="text", weight=source.weight))
-        ids.append(set(range(first, number)))
-    return tuple(recipes), ids
-
-
-class Case(NamedTuple):
-    """A recipe over tiny files."""
-
-    index: object
-    recipe: Recipe
-    streams: int
-    ids: list[set[int]]
-
-    def open(self, rank=0, world=1, readers=0):
-        return open_stream(
-            index=self.index, recipe=self.recipe, world_rank=rank, world_size=world, streams=self.streams,
-            encode=encode, collate=collate, reader_processes=readers,
-        )  # fmt: skip
-
-
-def make_case(folder, sources, *, streams, bins_per_stream=1, train=None, data=None):
-    recipes, ids = write(folder, sources)
-    names = ["s0", "r1", "q2", "p3"][: len(recipes)]  # sorted, as JSON may have them, they stand the other way round
-    index = build_index(recipes, names, block_bytes=64)
-    data = {"sequence_length": 16, "pack_buffer": 4, **(data or {})}
-    train = {"global_batch_size": streams * bins_per_stream, "seed": 3, **(train or {})}
-    recipe = Recipe(name="t", model=Model(path="m"), data=Data(train=recipes, **data), train=Train(**train))
-    return Case(index, recipe, streams, ids)
-
-
-def bins_of(step):
-    """Bin number -> the token ids in it, of one rank's step."""
-    bins = {}
-    for micro in step.micro_batches:
-        for row in micro.batch.input_ids:
-            tokens = tuple(row[row >= 0].tolist())
-            if tokens:
-                bins.setdefault(micro.first_bin, []).append(tokens)
-    return bins
-
-
-class Run:
-    """All ranks of a world, stepped together."""
-
-    def __init__(self, case, world, states=None):
-        self.streams = [case.open(rank, world) for rank in range(world)]
-        if states is not None:
-            for stream in self.streams:
-                stream.restore(json.loads(json.dumps(states, sort_keys=True)))
-
-    def step(self):
-        steps = [stream.next_step() for stream in self.streams]
-        assert len({len(step.micro_batches) for step in steps}) == 1
-        served = sum(step.served_bytes for step in steps)
-        bins = sorted(tokens for step in steps for group in bins_of(step).values() for tokens in group)
-        return bins, served, steps
-
-    def states(self):
-        union = {}
-        for stream in self.streams:
-            union |= stream.state()
-        return union
-
-    def close(self):
-        for stream in self.streams:
-            stream.close()
-
-
-def run_to_end(run, limit=10_000):
-    steps, served = [], 0
-    for _ in range(limit):
-        bins, bytes_now, _ = run.step()
-        served += bytes_now
-        if not bins:
-            run.close()
-            return steps, served
-        steps.append(bins)
-    raise AssertionError("the stream does not end")
-
-
-def rows_in(steps):
-    """Tokens of each row that came by."""
-    counts = Counter()
-    for bins in steps:
-        for tokens in bins:
-            counts.update(tokens)
-    return counts
-
+from ftlaunch.recipes.methods.base import IGNORED
+from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train
 
 lengths = st.lists(st.integers(1, 20), min_size=0, max_size=14)
 files = st.lists(lengths, min_size=1, max_size=4).filter(any)
-kinds = st.sampled_from(["parquet", "jsonl"])
+kinds = st.sampled_from([*KINDS, "mixed"])
 slow = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -235,15 +92,6 @@ def test_going_on_equals_not_having_stopped(sources, kind, streams, before, afte
         assert all(len(json.dumps(state)) < 2000 for state in states.values())
         assert second.states().keys() == {str(s) for s in range(streams)}
         assert sum_counters(second) == sum_counters(whole_run)
-
-
-def sum_counters(run):
-    union = run.states()
-    total = Counter()
-    for state in union.values():
-        for source, counts in state["counters"].items():
-            total.update({(source, name): number for name, number in counts.items()})
-    return total
 
 
 @slow
@@ -458,6 +306,7 @@ def test_evaluation_reads_every_row_once_in_file_order(groups, kind, world, micr
             batches = EvalBatches(
                 case.index, data=case.recipe.data.model_copy(update={"packing": False}), world_rank=rank,
                 world_size=world, micro_batch_size=micro, encode=encode, collate=collate,
+                source=case.recipe.data.train[0],
             )  # fmt: skip
             for batch, _ in batches:
                 seen += [int(row[0]) for row in batch.input_ids if row[0] >= 0]
@@ -472,6 +321,7 @@ def test_a_held_out_fraction_is_disjoint_and_complete(tmp_path):
     train = set(rows_in(run_to_end(Run(Case(index, recipe, 2, ids), 2))[0]))
     batches = EvalBatches(
         index, data=data, world_rank=0, world_size=1, micro_batch_size=2, encode=encode, collate=collate,
+        source=recipes[0],
         held_out_fraction=0.2,
     )  # fmt: skip
     held = {int(t) for batch, _ in batches for t in batch.input_ids.flat if t >= 0}

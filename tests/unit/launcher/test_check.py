@@ -139,7 +139,7 @@ def test_fewer_rows_than_wanted_are_all_taken_from_uneven_files(place):
         write_rows(place / "rows" / f"{file}.jsonl", [GOOD] * rows)
     recipe = load_recipe(place / "bot.yaml", ["data.train.0.path=rows"], environ={}).recipe
     index = build_index(recipe.data.train, ["rows"])
-    eye = Eye(index, recipe, build_method(recipe.method), load_tokenizer("base"))
+    eye = Eye(index, recipe, "drop", build_method(recipe.method), load_tokenizer("base"))
     for limit in (1, 5, 200, 392, 393, 500, None):
         looked = [glimpse.looked.row for glimpse in look_at(eye, limit, seed=3)]
         assert len(looked) == len(set(looked)) == min(limit or 500, 393)

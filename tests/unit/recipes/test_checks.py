@@ -33,6 +33,19 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
         ({"data": {"train": [{**A, "repeat": False}]}}, "data.train.0.repeat", weighted({}, {"repeat": False})),
         (weighted({"primary": True}, {"primary": True}), "data.train.1.primary", weighted({}, {"primary": True})),
     ],
+    "source_epochs": [
+        (weighted({"num_epochs": 2}, {}), "data.train.0.num_epochs", weighted({}, {"num_epochs": 2})),
+        (
+            weighted({}, {"num_epochs": 2, "repeat": False}),
+            "data.train.1.num_epochs",
+            weighted({}, {"num_epochs": 0.5}),
+        ),
+        (
+            {"data": {"train": [A, {**B, "num_epochs": 2}]}, "train": {"max_steps": 9}},
+            "data.train.1.num_epochs",
+            {"data": {"train": [A, {**B, "num_epochs": 2}]}, "train": {"num_epochs": 3}},
+        ),
+    ],
     "one_duration": [
         ({"train": {"num_epochs": 1, "max_steps": 2}}, "train.max_steps", {"train": {"max_steps": 2}}),
         ({"train": {"max_tokens": 1, "max_steps": 2}}, "train.max_tokens", {"train": {"max_tokens": 2}}),

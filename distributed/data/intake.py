@@ -1,0 +1,86 @@
+"""Rows as units that fit a sequence: read, encoded, cut as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...recipes.errors import UserError
+from ...recipes.methods.base import Rejected, Sample
+from ...recipes.schema import Data, Overlong, RowFormat, Source
+from .index import Index
+from .lanes import Drawn, RowReader
+from .pack import Address, Unit, Waiting, cuts, fit_together, piece, policy
+
+Encode = Callable[[Mapping[str, Any], RowFormat], Sample | Unit | Rejected]
+"""A row as one sample, or as several that must share a sequence."""
+
+
+def policies(index: Index, data: Data, sources: Sequence[Source]) -> tuple[Overlong, ...]:
+    """What becomes of the long rows of each source of an index; `sources` are those it was made of, in its order."""
+    return tuple(
+        policy(source.overlong or data.overlong, info.format)
+        for source, info in zip(sources, index.sources, strict=True)
+    )
+
+
+class Intake:
+    """What a stream takes in. `overlong` [sources of the index]."""
+
+    def __init__(self, rows: RowReader, encode: Encode, sequence_length: int, overlong: Sequence[Overlong]) -> None:
+        self._rows = rows
+        self._encode = encode
+        self._sequence_length = sequence_length
+        self._overlong = overlong
+
+    def source(self, block: int) -> str:
+        """The name of a block's source."""
+        return self._rows.index.sources[self._source(block)].name
+
+    def encode(self, drawn: Drawn) -> Unit | Rejected:
+        """A row's samples. Raises UserError that names a malformed row."""
+        row_id = self._rows.index.row_id(drawn.block, drawn.row)
+        try:
+            encoded = self._encode(drawn.values, self._rows.index.sources[self._source(drawn.block)].format)
+        except ValueError as error:
+            raise UserError(f"{self._rows.place(drawn)}: {error}") from error
+        if isinstance(encoded, Rejected):
+            return encoded
+        samples = (encoded,) if isinstance(encoded, Sample) else encoded
+        return tuple(replace(sample, row=row_id) for sample in samples)
+
+    def fit(self, unit: Unit, at: Address) -> list[Waiting] | Rejected:
+        """What of a row's unit goes into sequences: all of it, or the tokens that the address names."""
+        overlong = self._overlong[self._source(at.block)]
+        if len(unit) > 1:
+            together = fit_together(unit, self._sequence_length, overlong)
+            return together if isinstance(together, Rejected) else [_waiting(together, at)]
+        (sample,) = unit
+        part = piece(sample, at.start, at.stop) if at.stop else sample
+        found = cuts(part, self._sequence_length, overlong)
+        if isinstance(found, Rejected):
+            return found
+        if found == [(0, len(sample))]:
+            return [_waiting(unit, at._replace(start=0, stop=0))]
+        places = [(at.start + start, at.start + stop) for start, stop in found]
+        return [_waiting((piece(sample, *place),), Address(at.block, at.row, *place)) for place in places]
+
+    def again(self, at: Address) -> list[Waiting] | Rejected:
+        """What was waiting when a run was saved, read anew. A change of sequence length that the user accepted may cut
+        it otherwise, or reject it. Raises UserError when the row is no longer what it was."""
+        unit = self.encode(self._rows.read(at.block, at.row))
+        if isinstance(unit, Rejected) or at.stop > len(unit[0]):
+            reason = unit.reason if isinstance(unit, Rejected) else f"it has only {len(unit[0])} tokens"
+            raise UserError(
+                f"{self._rows.index.row_id(at.block, at.row)}: the row was taken when the run was saved, and is "
+                f"refused now ({reason}). Tokenizer, template or method have changed."
+            )
+        return self.fit(unit, at)
+
+    def _source(self, block: int) -> int:
+        return int(self._rows.index.block_source[block])
+
+
+def _waiting(unit: Unit, at: Address) -> Waiting:
+    return Waiting(unit, at, sum(map(len, unit)))
