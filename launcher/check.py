@@ -36,7 +36,7 @@ from .check_view import as_json, result_lines
 from .plan_data import SourcePlan, describe, named_sources
 from .plan_duration import plan_duration
 from .sampling import Eye, Looked, look_at, make_encoder
-from .unknown import Unknown
+from .unknown import QUICK, Unknown
 
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     code: ord("␡") for code in range(127, 160)
@@ -153,7 +153,7 @@ def _write_page(loaded: LoadedRecipe, result: Result, encoder: TextEncoder, opti
     place = options.report or storage.join(recipe.checkpoint.path, recipe.name, CHECK_REPORT)
     page = render_page(result, encoder, loaded.secrets)
     try:
-        storage.write_bytes(place, page.encode("utf-8", "replace"))
+        storage.write_bytes(place, page.encode("utf-8", "replace"), QUICK)
     except FtlaunchError as error:
         if options.report:
             raise

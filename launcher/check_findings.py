@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from ..recipes.methods.base import RowId
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     # --- what cannot be used ---
     "unreadable-source": Kind("error", "cannot be used", "mend what the message names; training would stop on it too"),
-    "unreadable-file": Kind("error", "a file, or a block of it, cannot be read", "write the file again"),
+    "unreadable-file": Kind("error", "cannot be read", "write the file again"),
     "unreadable-row": Kind("error", "not a row", "mend or remove the line; training stops on it"),
     "malformed-row": Kind("error", "malformed", "mend or remove the row; training stops on it"),
     "overlong-refused": Kind(
@@ -219,15 +219,14 @@ class Collector:
     def findings(self, rows: int) -> Iterator[Finding]:
         """The findings, with their share of the source's `rows`."""
         for finding in self._found.values():
-            share = f" ({finding.count / rows:.1%})" if rows else ""
-            noun = "row" if finding.count == 1 else "rows"
-            yield Finding(
-                finding.code,
-                finding.where,
-                f"{finding.count:,} {noun}{share}: {finding.what}",
-                finding.count,
-                finding.rows,
-            )
+            yield replace(finding, what=f"{_counted(finding, rows)}: {finding.what}")
+
+
+def _counted(finding: Finding, rows: int) -> str:
+    """`3 rows (1.5%)`; a block that cannot be read holds nobody knows how many."""
+    noun = "block" if finding.code == "unreadable-file" else "row"
+    share = f" ({finding.count / rows:.1%})" if rows and noun == "row" else ""
+    return f"{finding.count:,} {noun}{'' if finding.count == 1 else 's'}{share}"
 
 
 def by_severity(findings: list[Finding]) -> list[Finding]:
