@@ -14,8 +14,8 @@ conversation into several samples would make rows count more the longer they are
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -127,7 +127,8 @@ class Conversation:
         There it may have an end of sequence behind it (Phi-3), or thinking before it that is dropped once another
         question follows (Qwen3)."""
         alone = self._beginning(number + 1)
-        begin = self._behind(alone, self._prompt(number), number)
+        prompt = self._prompt(number)
+        begin = self._behind(alone, prompt, number)
         if begin is None:
             raise self._not_prefix_preserving(number, alone)
         turn = alone[begin:]
@@ -141,13 +142,17 @@ class Conversation:
         return tag.end()
 
     def _behind(self, text: str, prompt: str, number: int) -> int | None:
-        """Where a prompt ends in a text that begins with it. The two may part within the generation prompt, which may
-        open a thinking block that a recorded answer does not have: then that place. None: they part earlier."""
+        """Where a prompt ends in a text that begins with it; None: it does not. Two differences are known. The text may
+        part from the prompt within the generation prompt, which may open a thinking block that a recorded answer does
+        not have: then that place. Or something in the prompt's midst is gone: the thinking of an earlier turn, or a
+        system prompt and tools that move on to the last question (Mistral)."""
         if text.startswith(prompt):
             return len(prompt)
         begin = len(prompt) - len(self._opening(number))
         at = begin + len(OPEN_TAG.sub("", prompt[begin : _shared(text, prompt)]))
-        return at if at > begin and ONLY_TAGS.fullmatch(prompt, at) else None
+        if at > begin and ONLY_TAGS.fullmatch(prompt, at):
+            return at
+        return _same(text, 0, prompt) or None
 
     def _opening(self, number: int) -> str:
         """The generation prompt behind the messages before `number`."""
@@ -158,8 +163,8 @@ class Conversation:
         return ""
 
     def _prompt(self, number: int) -> str:
-        """The messages before a turn, and the generation prompt. For an answer that no question precedes, which templates
-        render in their own ways: the whole up to its first generation prompt."""
+        """The messages before a turn, and the generation prompt. For an answer that no question precedes, which
+        templates render in their own ways: the whole up to its first generation prompt."""
         if any(message.get("role") == "user" for message in self._messages[:number]):
             return self._beginning(number, prompt=True)
         with suppress(UserError):
@@ -185,8 +190,8 @@ class Conversation:
             return self._template.render(self._messages[:end], *self._given, add_generation_prompt=prompt)
         except ValueError as error:
             raise UserError(
-                f"chat template of {self._template.where}: which characters the assistant wrote cannot be told, because "
-                f"the template renders the whole conversation, and refuses its first {end} messages: {error}. {REMEDY}"
+                f"chat template of {self._template.where}: which characters the assistant wrote cannot be told: it "
+                f"renders the whole conversation, and refuses its first {end} messages: {error}. {REMEDY}"
             ) from error
 
     def _not_prefix_preserving(self, number: int, beginning: str) -> UserError:
@@ -216,7 +221,7 @@ def _shared(first: str, second: str) -> int:
 
 
 def _same(text: str, start: int, turn: str) -> int:
-    """Length of what stands at `start` of `text` and is `turn`, or `turn` without something in its midst; 0: neither."""
+    """Length of what stands at `start` of `text` and is `turn`, or `turn` less something in its midst; 0: neither."""
     if text.startswith(turn, start):
         return len(turn)
     shared = _shared(text[start : start + len(turn)], turn)
