@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def etag_of(entry: Mapping[str, Any], size: int) -> str:
     """What changes with the content, from what a store says about a file."""
     tag = next((str(entry[key]) for key in TAGS if entry.get(key)), "")
     changed = next((entry[key] for key in TIMES if entry.get(key)), "")
-    return tag or f"{changed}-{size}"
+    # fsspec's listings give times as numbers where its `info` gives them as dates.
+    return tag or f"{changed.timestamp() if isinstance(changed, datetime) else changed}-{size}"
 
 
 def local_etag(mtime_ns: int, size: int) -> str:
@@ -57,15 +59,16 @@ def _is_missing(error: Exception) -> bool:
 
 def info(url: str, retry: RetryPolicy = RETRY, *, options: str = NO_OPTIONS) -> FileInfo:
     """Size and etag of one file. Raises UserError when there is none."""
+    return retrying("look at", url, lambda: look_at(url, options), retry)
+
+
+def look_at(url: str, options: str) -> FileInfo:
+    """`info`, once; for what is tried again as a whole."""
     fs, path = filesystem(url, options)
-
-    def look() -> FileInfo:
-        entry = _entry(fs, path)
-        if entry["type"] == "directory":
-            raise UserError(f"{url} is a folder, not a file")
-        return _info(fs, {**entry, "name": path}, url, options)
-
-    return retrying("look at", url, look, retry)
+    entry = _entry(fs, path)
+    if entry["type"] == "directory":
+        raise UserError(f"{url} is a folder, not a file")
+    return _info(fs, {**entry, "name": path}, url, options)
 
 
 def exists(url: str, retry: RetryPolicy = RETRY, *, options: str = NO_OPTIONS) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..recipes.errors import UserError
 from .storage_errors import protocol
-from .storage_list import etag_of, info, local_etag
+from .storage_list import etag_of, local_etag, look_at
 from .storage_place import SAME_AS, FileInfo, filesystem, local_path
 from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
 
@@ -84,7 +84,7 @@ def _read_and_look(file: FileInfo, start: int, stop: int) -> bytes:
     """For stores whose answers do not say which version they are of: looks again after reading."""
     fs, path = filesystem(file.url, file.options)
     data = bytes(fs.cat_file(path, start=start, end=stop))
-    _unchanged(file, info(file.url, options=file.options).etag)
+    _unchanged(file, look_at(file.url, file.options).etag)
     return data
 
 

@@ -42,7 +42,7 @@ def test_rejected_rows_and_errors_do_not_show_a_secret(tmp_path, monkeypatch):
     file.write_text(json.dumps(recipe).replace(SECRET, "${STORE_TOKEN}"))
     loaded = entry.load_recipe(str(file), (), environ={"STORE_TOKEN": SECRET})
     heard = Heard()
-    entry.run_rank(entry.Job(loaded, entry.World(), "", heard, ("test",)))
+    entry.run_rank(entry.Job(loaded, entry.World(), "", heard, ("test", f"data.train.0.path={path}")))
     run = tmp_path / "runs" / "tiny"
     events = (run / "events.jsonl").read_text()
     assert "rejected_rows" in events
@@ -50,7 +50,7 @@ def test_rejected_rows_and_errors_do_not_show_a_secret(tmp_path, monkeypatch):
     write_jsonl(path, [{"messages": "nothing"}] * 30)
     loaded = entry.load_recipe(str(file), ("name=other",), environ={"STORE_TOKEN": SECRET})
     with pytest.raises(UserError, match=SECRET):
-        entry.run_rank(entry.Job(loaded, entry.World(), "", heard, ("test",)))
+        entry.run_rank(entry.Job(loaded, entry.World(), "", heard, ("test", f"data.train.0.path={path}")))
     for run in (tmp_path / "runs").iterdir():
         assert [name for name, text in texts(run).items() if SECRET in text] == []
     assert [event for event in heard.events if SECRET in event] == []

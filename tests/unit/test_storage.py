@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ftlaunch.distributed import storage
+from ftlaunch.distributed import storage, storage_read, storage_retry, storage_throttle
 from ftlaunch.distributed.storage import LineLog, RetryPolicy
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 
@@ -152,6 +152,34 @@ def test_a_short_file_is_asked_for_again_and_then_named(tmp_path):
     storage.write_bytes(url, b"12345")
     with pytest.raises(InfrastructureError, match="short"):
         storage.read_range(url, 0, 10, RetryPolicy(attempts=2, sleep=lambda _: None))
+
+
+def test_long_files_are_read_in_parts(root, monkeypatch):
+    url = storage.join(root, "long.bin")
+    data = bytes(range(256)) * 10
+    storage.write_bytes(url, data)
+    monkeypatch.setattr(storage_read, "PART_BYTES", 100)
+    file = storage.info(url)
+    assert storage.read_file(file) == data
+    assert storage.read_file(file, 50, 1234) == data[50:1234]
+    assert storage.read_file(file, 7, 7) == b""
+    storage.write_bytes(url, data + b"!")
+    with pytest.raises(UserError, match=r"long\.bin: changed while it was read"):
+        storage.read_file(file)
+
+
+def test_one_request_at_a_time_is_enough(root, monkeypatch):
+    """Nothing waits for a place while it holds the only one."""
+    gate = storage_throttle.Gate(1)
+    monkeypatch.setattr(storage_retry, "gate_of", lambda url: gate)
+    url = storage.join(root, "a", "b.bin")
+    storage.write_bytes(url, b"0123456789")
+    (file,) = storage.list_files(storage.join(root, "a"))
+    assert storage.read_file(file, 2, 5) == b"234"
+    assert storage.create_exclusive(url + "2", b"x")
+    storage.check_writable(root)
+    LineLog(url + "3").close()
+    storage.delete_tree(root)
 
 
 def test_a_log_is_continued_and_a_torn_line_dropped(root):
