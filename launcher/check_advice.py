@@ -94,7 +94,7 @@ def learning_rate(seen: Overview) -> Iterator[Finding]:
 
 def few_examples(seen: Overview) -> Iterator[Finding]:
     """Too few to learn more than the examples themselves."""
-    samples = sum(tally.estimated_rows * tally.stats().samples_per_row for tally in seen.training)
+    samples = sum(tally.estimated_samples for tally in seen.training)
     all_seen = len(seen.training) == len(seen.recipe.data.train)
     if all_seen and 0 < samples < FEW_EXAMPLES and seen.kind[0] != "cpt":
         yield about("few-examples", "data.train", f"{samples:,.0f}")
@@ -117,18 +117,27 @@ def few_steps(seen: Overview) -> Iterator[Finding]:
 
 
 def repeated_sources(seen: Overview) -> Iterator[Finding]:
-    """Weights that make a small source come again and again."""
-    sources, epochs, most = seen.recipe.data.train, seen.duration.epochs, MOST_EPOCHS.get(seen.kind)
-    training = {tally.name: tally for tally in seen.training}
-    if isinstance(epochs, Unknown) or most is None or len(training) != len(sources) or sources[0].weight is None:
+    """Weights, or passes of its own, that make a small source come again and again."""
+    most = MOST_EPOCHS.get(seen.kind)
+    if most is None or len(seen.training) != len(seen.recipe.data.train):
         return
-    samples = [tally.estimated_rows * tally.stats().samples_per_row for tally in training.values()]
-    primary = next((number for number, source in enumerate(sources) if source.primary), 0)
-    for source, tally, there in zip(sources, training.values(), samples, strict=True):
-        share = (source.weight or 0.0) / (sources[primary].weight or 1.0)
-        passes = epochs * samples[primary] * share / there if there else 0.0
-        if source.repeat and source is not sources[primary] and passes > most + 0.5:
+    for number, tally in enumerate(seen.training):
+        passes = _passes(seen, number)
+        if passes > most + 0.5:
             yield about("repeated-source", tally.name, f"about {passes:.1f} times in the run")
+
+
+def _passes(seen: Overview, number: int) -> float:
+    """Passes over a source in the run, where they are its own affair and not just the run's epochs; else 0."""
+    sources, epochs = seen.recipe.data.train, seen.duration.epochs
+    source, primary = sources[number], next((place for place, each in enumerate(sources) if each.primary), 0)
+    if source.num_epochs is not None:
+        return source.num_epochs
+    if isinstance(epochs, Unknown) or source.weight is None or not source.repeat or number == primary:
+        return 0.0
+    there = seen.training[number].estimated_samples
+    share = source.weight / (sources[primary].weight or 1.0)
+    return epochs * seen.training[primary].estimated_samples * share / there if there else 0.0
 
 
 def sequence_length(seen: Overview) -> Iterator[Finding]:

@@ -119,6 +119,11 @@ class Tally:
         """Tokens of the whole source, as far as they go into sequences."""
         return self.estimated_rows * self.tokens / self.rows if self.rows else 0.0
 
+    @property
+    def estimated_samples(self) -> float:
+        """Samples that one pass over the whole source gives."""
+        return self.estimated_rows * len(self.fitted) / self.rows if self.rows else 0.0
+
     def stats(self) -> SampleStats:
         """As `plan` reckons with them."""
         each = max(1, self.rows)

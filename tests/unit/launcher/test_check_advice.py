@@ -31,6 +31,7 @@ OFF = (
     ("packing-off", "data.packing", ["data.packing=false"]),
     ("no-eval", "data.eval", ["data.eval=[]"]),
     ("repeated-source", "text", WEIGHTS),
+    ("repeated-source", "text", ["data.train.1.num_epochs=12"]),
     ("few-examples", "data.train", ["data.train=[{path: FOLDER/few.jsonl}, {path: FOLDER/text.jsonl}]"]),
     ("no-replay", "data.train", ["data.train=[{path: FOLDER/chat.jsonl}]"]),
 )  # fmt: skip
@@ -85,6 +86,7 @@ def test_what_is_off_is_said(folder, code, where, overrides):
         ["model.init=random", "train.learning_rate=1e-3"],
         ["data.eval={fraction: 0.2}", "train.num_epochs=5"],
         [*WEIGHTS, "data.train.1.repeat=false"],
+        [*WEIGHTS, "data.train.1.num_epochs=2"],
     ],
 )
 def test_what_is_usual_is_not_complained_about(folder, overrides):
