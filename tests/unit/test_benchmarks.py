@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("step_overhead", "launch", "loss_memory", "stream", "stream_resume")
+NAMES = ("step_overhead", "launch", "loss_memory", "stream", "stream_resume", "stream_memory")
 LIGHT = {
     "launch": ["--only", "light"],
     "stream": ["--peers", "hf_datasets"],
