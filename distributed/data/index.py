@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -196,17 +197,19 @@ class Index:
     @classmethod
     def load(cls, folder: str, prefix: str) -> Index:
         """Read what `save` wrote."""
-        files = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.files.parquet")))
-        blocks = _from_parquet(storage.read_bytes(storage.join(folder, f"{prefix}.blocks.parquet")))
-        sources = [SourceInfo(**source) for source in json.loads(files.schema.metadata[b"ftlaunch.sources"])]
-        entries = files.to_pydict()
-        options = [sources[number].options for number in entries["source"]]
+        files, blocks = (
+            _Columns(storage.read_bytes(storage.join(folder, f"{prefix}.{name}.parquet")))
+            for name in ("files", "blocks")
+        )
+        sources = [SourceInfo(**source) for source in json.loads(files.metadata[b"ftlaunch.sources"])]
+        numbers = files.array("source")
+        options = (sources[number].options for number in numbers.tolist())
         return cls(
             tuple(sources),
-            tuple(map(FileInfo, entries["url"], entries["size"], entries["etag"], options)),
-            tuple(entries["kind"]),
-            np.array(entries["source"], np.int64),
-            *(blocks.column(name).to_numpy() for name in BLOCK_COLUMNS),
+            tuple(map(FileInfo, files.texts("url"), files.array("size").tolist(), files.texts("etag"), options)),
+            tuple(map(sys.intern, files.texts("kind"))),
+            numbers,
+            *(blocks.array(name) for name in BLOCK_COLUMNS),
         )
 
 
@@ -224,7 +227,24 @@ def _to_parquet(table: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _from_parquet(data: bytes) -> Any:
-    import pyarrow.parquet as pq
+class _Columns:
+    """A parquet file whose columns are read one at a time: an index of 10^6 blocks is never in memory twice."""
 
-    return pq.read_table(io.BytesIO(data))
+    def __init__(self, data: bytes) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(pa.BufferReader(data))
+        self.metadata: dict[bytes, bytes] = self._file.schema_arrow.metadata
+
+    def array(self, name: str) -> Int64s:
+        """A column of numbers."""
+        return np.array(self._column(name), np.int64)
+
+    def texts(self, name: str) -> list[str]:
+        """A column of text."""
+        texts: list[str] = self._column(name).to_pylist()
+        return texts
+
+    def _column(self, name: str) -> Any:
+        return self._file.read(columns=[name], use_threads=False).column(name)
