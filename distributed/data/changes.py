@@ -36,17 +36,24 @@ class Changes:
 
 def find_changes(index: Index, sources: Sequence[Source]) -> Changes:
     """List the sources' files again and compare."""
-    now = {file.url: file for group in in_parallel(list_now, sources) for file in group}
+    now = {_place(file): file for group in in_parallel(list_now, sources) for file in group}
     compared = [not all(map(is_pinned, paths_of(source))) for source in sources]
     before = {
-        file.url: file for file, source in zip(index.files, index.file_source.tolist(), strict=True) if compared[source]
+        _place(file): file
+        for file, source in zip(index.files, index.file_source.tolist(), strict=True)
+        if compared[source]
     }
-    changed = [_said(before[url], now[url]) for url in before.keys() & now.keys() if before[url] != now[url]]
+    changed = [_said(before[at], now[at]) for at in before.keys() & now.keys() if before[at] != now[at]]
     return Changes(
         tuple(sorted(changed)),
-        tuple(f"{url}: not found any more" for url in sorted(before.keys() - now.keys())),
-        tuple(f"{url}: new since the run began" for url in sorted(now.keys() - before.keys())),
+        tuple(f"{url}: not found any more" for url, _ in sorted(before.keys() - now.keys())),
+        tuple(f"{url}: new since the run began" for url, _ in sorted(now.keys() - before.keys())),
     )
+
+
+def _place(file: FileInfo) -> tuple[str, str]:
+    """Two stores may have a file of one URL."""
+    return file.url, file.options
 
 
 def _said(was: FileInfo, now: FileInfo) -> str:

@@ -21,6 +21,7 @@ from servers import moto_process
 
 from ftlaunch.distributed import storage, storage_retry, storage_throttle
 from ftlaunch.distributed.data.build import build_index
+from ftlaunch.distributed.data.changes import find_changes
 from ftlaunch.distributed.data.index import Index
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.launcher.plan_data import index_source
@@ -312,6 +313,10 @@ def test_two_stores_with_endpoints_of_their_own_in_one_recipe(store, other_store
     again = Index.load(str(files / "run"), "train")
     assert again.files == index.files
     assert sum(again.read_block(block).num_rows for block in range(again.num_blocks)) == ROWS + 2 + 120
+    assert not find_changes(again, sources)
+    boto3.client("s3", endpoint_url=endpoints[0]).put_object(Bucket="acme", Key="data/c.jsonl", Body=b"{}")
+    assert find_changes(again, sources).added == ("s3://acme/data/c.jsonl: new since the run began",)
+    boto3.client("s3", endpoint_url=endpoints[0]).delete_object(Bucket="acme", Key="data/c.jsonl")
     moved = again.with_options([sources[0], Source(path="s3://acme/data", format="text"), sources[2]])
     assert json.loads(moved.select(1).files[0].options) == {}
 
