@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 from harness import Table, arguments, write_results
-from workload import Size, _write_tokenizer, write_text
+from workload import Size, write_text, write_tokenizer
 
 CLAIM = (
     "Memory over a long stream is flat: the median of the last quarter of the samples against that of the second "
@@ -32,7 +32,7 @@ SAMPLES = 80
 
 def write_sources(folder: Path, seed: int) -> list[dict[str, Any]]:
     """Two weighted folders of JSON lines, of documents of several lengths."""
-    _write_tokenizer(folder, SIZE.vocab)
+    write_tokenizer(folder, SIZE.vocab)
     for number in range(FILES):
         words = Size(0, 0, SIZE.vocab, 32 + 37 * number % 900, 1)
         place = folder / ("a" if number % 3 else "b")

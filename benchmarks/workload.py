@@ -45,11 +45,12 @@ def write_model(folder: Path, size: Size, seed: int) -> Path:
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
-    _write_tokenizer(folder, size.vocab)
+    write_tokenizer(folder, size.vocab)
     return folder
 
 
-def _write_tokenizer(folder: Path, vocab: int) -> None:
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A tokenizer that makes one token of every word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {END: 0, **{word(number): number for number in range(1, vocab)}}
