@@ -7,6 +7,8 @@ from typing import Any
 
 from ..recipes.schema import Recipe
 from . import storage
+from .data.chat import with_defaults
+from .data.template import template_source
 from .model import BuiltModel
 from .model_files import ModelFolder, find_model, is_hub_id, template_text
 
@@ -24,9 +26,21 @@ def published_files(recipe: Recipe, built: BuiltModel, folder: ModelFolder) -> d
     if built.has_adapter:
         del files["config.json"]
         files["adapter_config.json"] = _as_json(_adapter_config(recipe, built, folder))
-    if recipe.model.chat_template is not None:
-        files["chat_template.jinja"] = template_text(recipe.model.chat_template).encode()
+    template = _chat_template(recipe, folder)
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
     return files
+
+
+def _chat_template(recipe: Recipe, folder: ModelFolder) -> str | None:
+    """The recipe's template, with its variables as defaults, so that the model is asked as it was trained; None: the
+    tokenizer's own as it is."""
+    given, variables = recipe.model.chat_template, recipe.model.chat_template_kwargs
+    text = None if given is None else template_text(given)
+    if not variables:
+        return text
+    tokenizer = folder if recipe.model.tokenizer is None else find_model(recipe.model.tokenizer, weights=False)
+    return with_defaults(text or template_source(tokenizer) or "", variables)
 
 
 def _model_config(recipe: Recipe, built: BuiltModel) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class ChatTemplate:
 
         Raises UserError for a template that does not parse, and for a variable that it does not use."""
         self.where = where
+        self.source = source
         self.eos_token = special_tokens.get("eos_token", "")
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         """Whether the template says itself what the assistant writes."""
@@ -155,6 +156,15 @@ class ChatTemplate:
                 f"the chat template refuses the conversation ({roles or 'no messages'}): {error}"
             ) from error
         return _unmark(marked, len(blocks)) if self.marks_answers else (marked, [])
+
+
+def with_defaults(source: str, variables: Mapping[str, Any]) -> str:
+    """A template whose variables have these values unless the caller says otherwise."""
+    sets = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value)} %}}{{% endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(sets) + "{{ '' }}" + source  # so that a line break at the source's beginning stays
 
 
 def readable(message: Message) -> dict[str, Any]:

@@ -206,7 +206,11 @@ def load_tokenizer(
     tokenizer.no_padding()
     config = _read_json(folder, "tokenizer_config.json")
     tokens = _special_tokens(folder, config, tokenizer)
-    source = chat_template or _template_source(folder, config)
+    source = chat_template or template_source(folder)
+    if variables and not source:
+        raise UserError(
+            f"model.chat_template_kwargs: the tokenizer of {folder.url} has no chat template to give them to."
+        )
     template = source and ChatTemplate(source, tokens, where=folder.url, now=now or datetime.now(), variables=variables)
     return TextEncoder(tokenizer, tokens, template or None, folder.url)
 
@@ -243,10 +247,11 @@ def _token_text(token: str | Mapping[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
 
 
-def _template_source(folder: ModelFolder, config: Mapping[str, Any]) -> str | None:
+def template_source(folder: ModelFolder) -> str | None:
     """chat_template.jinja, or the one in tokenizer_config.json; of several named ones, `default`."""
     if "chat_template.jinja" in folder.names:
         return _read(folder, "chat_template.jinja").decode("utf-8")
+    config = _read_json(folder, "tokenizer_config.json")
     there = config.get("chat_template") or _read_json(folder, "chat_template.json").get("chat_template")
     if isinstance(there, list):
         named = {entry["name"]: entry["template"] for entry in there}

@@ -2,8 +2,8 @@
 
 `python tests/support/chat_styles.py` writes the golden files anew; read every line of the difference before committing.
 
-The templates in tests/unit/data/styles render the published formats. They have `{% generation %}` blocks around what the
-assistant writes; without them (`plain`) a template is what its model ships.
+The templates in tests/unit/data/styles render the published formats. They have `{% generation %}` blocks around what
+the assistant writes; without them (`plain`) a template is what its model ships.
 """
 
 from __future__ import annotations
