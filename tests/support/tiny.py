@@ -125,18 +125,18 @@ def recipe_for(folder: Path, **changes: Any) -> dict[str, Any]:
         write_jsonl(folder / "chat.jsonl", chat_rows(60))
         write_parquet(folder / "text.parquet", text_rows(40))
         write_jsonl(folder / "held-out.jsonl", chat_rows(10, seed=1))
+    cut = {"overlong": "truncate_right"}  # text is split
     recipe: dict[str, Any] = {
         "name": "tiny",
         "model": {"path": str(model), "dtype": "float32"},
         "data": {
             "sequence_length": 64,
             "pack_buffer": 8,
-            "overlong": "truncate_right",
             "train": [
-                {"path": str(folder / "chat.jsonl"), "format": "chat", "weight": 0.7},
+                {"path": str(folder / "chat.jsonl"), "format": "chat", "weight": 0.7, **cut},
                 {"path": str(folder / "text.parquet"), "format": "text", "weight": 0.3},
             ],
-            "eval": [{"name": "chats", "path": str(folder / "held-out.jsonl"), "format": "chat"}],
+            "eval": [{"name": "chats", "path": str(folder / "held-out.jsonl"), "format": "chat", **cut}],
         },
         "train": {"max_steps": 8, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 3e-3},
         "checkpoint": {"path": str(folder / "runs"), "every_steps": 3},

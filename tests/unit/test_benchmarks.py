@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("step_overhead", "launch", "loss_memory", "stream", "stream_resume", "stream_memory")
+NAMES = (
+    "step_overhead", "launch", "loss_memory", "packing", "order_scale", "stream", "stream_resume", "stream_memory",
+)  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
     "stream": ["--peers", "hf_datasets"],
