@@ -17,7 +17,7 @@ from ..recipes.naming import eval_names, source_names
 from ..recipes.schema import Data, EvalSplit, Recipe, Source
 from . import storage
 from .checkpoint.commit import COMMITS
-from .data.build import build_index
+from .data.build import build_index, require_to_fit
 from .data.changes import Changes, find_changes
 from .data.index import Index
 from .run_directory import RunDirectory
@@ -91,6 +91,7 @@ def index_data(recipe: Recipe, run: RunDirectory) -> list[str]:
             index = build_index(indexed.sources, indexed.names, keys=indexed.keys)
             for info in index.sources:
                 require_readable(info.format, recipe.method.type, f"source {info.name}")
+            require_to_fit(index)
             index.save(folder, indexed.prefix)
         elif indexed.sources:
             notes += _compare(indexed, folder, generations, accept=accept)

@@ -16,10 +16,14 @@ from .at_once import in_parallel
 from .block import ALL_ROWS
 from .formats import FORMATS, FileFormat, kind_of
 from .index import Index
+from .memory import allowance
 from .order import Int64s
 from .schemas import Scanned, settle
 from .selection import rows_wanted
 from .sources import SourceInfo, find_files
+
+LARGEST_RATIO = 64
+"""Text is seldom compressed better than this."""
 
 
 def build_index(
@@ -78,6 +82,14 @@ def _assemble(infos: tuple[SourceInfo, ...], scanned: Sequence[Sequence[Scanned]
         np.zeros(sum(blocks), np.int64),
         np.full(sum(blocks), ALL_ROWS),
     )
+
+
+def require_to_fit(index: Index) -> None:
+    """Refuse at once what reading would refuse hours later: blocks that do not fit into this machine's memory. Only
+    those are looked at that could be so large. Raises UserError."""
+    large = np.flatnonzero(index.block_bytes > allowance() // LARGEST_RATIO).tolist()
+    checks = [(FORMATS[index.kind(block)].require_to_fit, index.address(block)) for block in large]
+    in_parallel(lambda one: one[0] and one[0](one[1]), checks)
 
 
 def _select_rows(index: Index, sources: Sequence[Source]) -> Index:

@@ -180,7 +180,7 @@ def scan_parquet(file: FileInfo) -> Scan:
 
 def _scan_footer(file: FileInfo, footer: Any) -> Scan:
     groups = [_chunk_ranges(footer.row_group(number), None) for number in range(footer.num_row_groups)]
-    if not all(0 < start <= stop <= file.size for ranges in groups for start, stop in ranges):
+    if not all(0 <= start <= stop <= file.size for ranges in groups for start, stop in ranges):
         raise ValueError("its footer names columns that it does not hold")
     starts = [min((start for start, _ in ranges), default=0) for ranges in groups]
     sizes = [max(1, sum(stop - start for start, stop in ranges)) for ranges in groups]
@@ -204,12 +204,13 @@ def wanted_columns(address: BlockAddress, there: Sequence[str]) -> tuple[str, ..
     return tuple(there) if address.columns is None else tuple(name for name in address.columns if name in there)
 
 
-def decoded_bytes(address: BlockAddress) -> int:
-    """Uncompressed bytes of a row group's needed columns, as the footer has them."""
+def require_to_fit(address: BlockAddress) -> None:
+    """Raises UserError for a row group whose needed columns, as the footer has their sizes, do not fit into memory."""
     footer = _footer(address.file)
     wanted = wanted_columns(address, footer.schema.to_arrow_schema().names)
     chunks = _chunks(footer.row_group(address.number), wanted)
-    return sum(int(chunk.total_uncompressed_size) for chunk in chunks)
+    nbytes = sum(int(chunk.total_uncompressed_size) for chunk in chunks)
+    require_memory(address.file, nbytes, f"row group {address.number}", REMEDY)
 
 
 def read_parquet(address: BlockAddress) -> Block:
@@ -219,7 +220,7 @@ def read_parquet(address: BlockAddress) -> Block:
 
     footer = _footer(address.file)
     wanted = wanted_columns(address, footer.schema.to_arrow_schema().names)
-    require_memory(address.file, decoded_bytes(address), f"row group {address.number}", REMEDY)
+    require_to_fit(address)
     handle = RangeFile(address.file)
     for start, stop in _coalesced(_chunk_ranges(footer.row_group(address.number), wanted)):
         handle.fetch(start, stop)

@@ -25,6 +25,8 @@ class FileFormat(NamedTuple):
     scan: Callable[[FileInfo], Scan]
     read: Callable[[BlockAddress], Block]
     frozen: Frozen | None = None
+    require_to_fit: Callable[[BlockAddress], None] | None = None
+    """Raises UserError for a block that memory does not hold, where that can be told without reading it."""
 
 
 _TABLE = Frozen(columnar.freeze, columnar.thaw)
@@ -44,7 +46,7 @@ _PARSERS: dict[str, whole.Parse] = {
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 FORMATS: dict[str, FileFormat] = {
-    "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet, _TABLE),
+    "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet, _TABLE, columnar.require_to_fit),
     "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read, _TABLE),
     "jsonl": FileFormat(jsonl.scan, jsonl.read),
     "json": FileFormat(json_rows.scan, partial(whole.read_plain, parse=_PARSERS["json"])),

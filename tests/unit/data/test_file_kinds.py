@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ftlaunch.distributed import storage
 from ftlaunch.distributed.data import arrow_ipc, columnar, json_rows, lines, memory, text_files
 from ftlaunch.distributed.data.block import BlockAddress
-from ftlaunch.distributed.data.build import build_index
+from ftlaunch.distributed.data.build import build_index, require_to_fit
 from ftlaunch.distributed.data.cache import BlockCache
 from ftlaunch.distributed.data.lanes import RowReader
 from ftlaunch.distributed.storage import FileInfo
@@ -359,8 +359,11 @@ def test_a_row_group_that_does_not_fit_is_refused_with_the_remedy(tmp_path, litt
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=100, use_dictionary=False)
     with pytest.raises(UserError, match=r"a\.parquet: row group 0 takes at least .*smaller row groups"):
         texts_of(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row group 0 takes at least"):
+        require_to_fit(index_of(tmp_path / "a.parquet"))
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=5, use_dictionary=False)
     assert len(texts_of(tmp_path / "b.parquet")) == 100, "only the needed column counts"
+    require_to_fit(index_of(tmp_path / "b.parquet"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.arrow"])
