@@ -9,6 +9,7 @@ from typing import Any
 
 from ..distributed import storage
 from ..distributed.data.index import Index
+from ..recipes.formats import require_readable
 from ..recipes.load import LoadedRecipe, as_stored
 from ..recipes.redact import redact
 from ..recipes.schema import Recipe, Section
@@ -68,6 +69,9 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         (split, name, source, index_source(source, name, key))
         for (split, name, source), key in zip(named_sources(recipe), keys_of(recipe), strict=True)
     ]
+    for _, name, _, index in found:
+        if isinstance(index, Index):
+            require_readable(index.sources[0].format, recipe.method.type, f"source {name}")
     lines = tuple(
         SourceLine(name, split, then(index, partial(describe, split, name, source)))
         for split, name, source, index in found

@@ -29,6 +29,8 @@ class SourcePlan:
     rows: int | Unknown
     blocks: int
     weight: float = 0.0
+    format_is_found: bool = False
+    """The recipe does not say the format; the columns fit only this one."""
 
 
 def paths_of(source: Source) -> tuple[str, ...]:
@@ -79,6 +81,7 @@ def describe(split: str, name: str, source: Source, index: Index) -> SourcePlan:
         rows=COUNTED_WHILE_READING if rows is None else rows,
         blocks=index.num_blocks,
         weight=(source.weight or 0.0) if isinstance(source, TrainSource) else 0.0,
+        format_is_found=source.format is None,
     )
 
 

@@ -145,9 +145,8 @@ def _source(source: SourcePlan) -> str:
     rows = "rows unknown" if isinstance(source.rows, Unknown) else f"{source.rows:,} rows"
     files = f"{source.files:,} file" + ("s" if source.files > 1 else "")
     weight = [f"weight {source.weight:g}"] if source.weight else []
-    return ", ".join(
-        [source.split, source.format, rows, f"{files} of {units.size(source.bytes)}", *weight, source.path]
-    )
+    row_format = f"{source.format} (found from its columns)" if source.format_is_found else source.format
+    return ", ".join([source.split, row_format, rows, f"{files} of {units.size(source.bytes)}", *weight, source.path])
 
 
 def _model_facts(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -305,7 +305,7 @@ def test_the_terminal_shows_every_default_and_figure(capsys, place):
     assert cli.main(["plan", "bot.yaml"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     wanted = ["learning_rate: 2e-05", "keep_last: 2", "1 rank on 1 node", "x 4 (accumulation)", "model.safetensors"]
-    wanted += ["eval, text, 5 rows, 1 file of", "train, prompt_completion, rows unknown"]
+    wanted += ["eval, text (found from its columns), 5 rows, 1 file of", "train, prompt_completion (found from"]
     assert [part for part in wanted if part not in out] == []
 
 
@@ -326,6 +326,8 @@ def test_what_cannot_be_known_is_no_error_unless_strict(capsys, place):
     ("override", "said"),
     [
         ("data.train.0.path=gone/*.jsonl", "no data files found"),
+        ("data.train.0.path=gone.jsonl", "data.train.0.path: gone.jsonl"),
+        ("method={type: cpt}", "its rows are in format prompt_completion, and method cpt reads text"),
         ("model.path=./nowhere", "there is no folder"),
         ("--gpus-per-node=4", "this machine has 0"),
     ],
