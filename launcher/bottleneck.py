@@ -11,6 +11,9 @@ WAITING_SHARE = 0.1
 READ_AGAIN = 1.2
 """Bytes read to bytes needed: from here on it is said that blocks are read more than once."""
 
+ENOUGH_BYTES = 256 * 2**20
+"""Of needed bytes, for a ratio to them to mean something: what is read ahead counts as read, and not yet as needed."""
+
 
 def waiting_share(record: Record) -> float:
     """Share of the time in steps in which ranks waited for data. The first step of each attempt is left out: readers
@@ -31,14 +34,20 @@ def data_bottleneck(record: Record) -> str | None:
     )
 
 
+def bytes_read(record: Record) -> tuple[int, int] | None:
+    """Stored bytes of the blocks that were read, and of their rows that were served; None: too few to compare."""
+    read, needed = (sum(int(line.get(f"data_{name}_bytes", 0)) for line in record.steps) for name in ("read", "needed"))
+    return (read, needed) if needed >= ENOUGH_BYTES else None
+
+
 def _read_again(record: Record) -> str:
-    read = sum(int(line.get("data_read_bytes", 0)) for line in record.steps)
-    needed = sum(int(line.get("data_needed_bytes", 0)) for line in record.steps)
-    if read <= READ_AGAIN * needed:
+    compared = bytes_read(record)
+    if compared is None or compared[0] <= READ_AGAIN * compared[1]:
         return ""
+    read, needed = map(units.size, compared)
     return (
-        f" {units.size(read)} were read to serve {units.size(needed)}: the files' blocks are large for so many "
-        "streams. Write parquet with smaller row groups (8 to 64 MiB), or lower data.streams."
+        f" {read} were read to serve {needed}: the files' blocks are large for so many streams. Write parquet with "
+        "smaller row groups (8 to 64 MiB), or lower data.streams."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import units
-from .bottleneck import data_bottleneck
+from .bottleneck import bytes_read, data_bottleneck
 from .charts import Series, line_chart
 from .page import render_template
 from .record import Counts, Record, before_and_after, series
@@ -67,6 +67,9 @@ def _tiles(record: Record) -> list[Tile]:
     if seconds > 0:
         tiles.append(Tile("tokens/s", units.count(record.tokens / seconds)))
     tiles.append(Tile("most memory", units.size(max(line["memory_bytes"] for line in record.steps))))
+    if compared := bytes_read(record):
+        read, needed = compared
+        tiles.append(Tile("data read", f"{units.size(read)}, {read / needed:.2f} × needed"))
     if record.attempts > 1:
         tiles.append(Tile("attempts", str(record.attempts)))
     return tiles

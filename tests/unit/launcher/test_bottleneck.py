@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from ftlaunch.launcher.bottleneck import WAITING_SHARE, data_bottleneck, waiting_share
+from ftlaunch.launcher.bottleneck import WAITING_SHARE, bytes_read, data_bottleneck, waiting_share
 from ftlaunch.launcher.record import Record, make_record
 from ftlaunch.launcher.report import render_report
 from ftlaunch.launcher.summary import show_summary, summarise
@@ -50,10 +50,17 @@ def test_above_it_there_is_a_remedy():
 
 
 def test_blocks_that_are_read_again_and_again_are_named():
-    said = data_bottleneck(run([0.0, 0.25, 0.25], read=8 * MIB, needed=2 * MIB))
+    said = data_bottleneck(run([0.0, 0.25, 0.25], read=800 * MIB, needed=200 * MIB))
     assert said is not None
-    assert "24 MiB were read to serve 6 MiB" in said
+    assert "2.34 GiB were read to serve 600 MiB" in said
     assert "row groups" in said
+
+
+def test_bytes_are_compared_only_where_there_are_enough():
+    few, many = run([0.0, 0.25], read=8 * MIB, needed=2 * MIB), run([0.0], read=600 * MIB, needed=500 * MIB)
+    assert bytes_read(few) is None
+    assert "row groups" not in str(data_bottleneck(few))
+    assert "600 MiB, 1.20 × needed" in render_report(many, name="bot", state="finished", recipe_text="")
 
 
 def test_the_summary_and_the_report_say_it():
