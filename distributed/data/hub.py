@@ -37,7 +37,7 @@ def hub_files(path: str, subset: str | None, split: str | None) -> list[str]:
     splits = _splits(name, revision or None, subset)
     if split is None and len(splits) == 1:
         return list(next(iter(splits.values())))
-    if split not in splits:
+    if split is None or split not in splits:
         said = f"no split {split!r}" if split else "which split is meant?"
         raise UserError(f"{path}: {said} It has: {', '.join(splits) or 'none'}. Name one with `split:`.")
     return list(splits[split])
