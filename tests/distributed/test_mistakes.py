@@ -53,9 +53,7 @@ def test_what_a_refusal_offers_is_understood_under_torchrun_too(tmp_path, capsys
     assert "[ftlaunch] reading the data's index …\n" in seen and "phase=" not in seen
     changed = ["train.max_steps=2", "train.seed=5"]
     assert entry.main([*arguments, *changed, "--fresh"]) == 1
-    assert "--fresh: under torchrun only --accept-changes can be given. Give the new run another name" in (
-        capsys.readouterr().err
-    )
+    assert "--accept-changed-data can be given. Give the new run another name" in (capsys.readouterr().err)
     assert entry.main([*arguments, *changed, "--accept-changes"]) == 0
     assert "extending run" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ Each prepares a folder that holds a good recipe with its data and model, and say
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -66,6 +67,47 @@ def broken_line(folder: Path, _recipe: Recipe) -> None:
     (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def no_utf8(folder: Path, _recipe: Recipe) -> None:
+    lines = [json.dumps(row).encode() for row in chat_rows(9)]
+    lines[6] = lines[6].replace(b"eta", b"\xff\xfe", 1)
+    (folder / "chat.jsonl").write_bytes(b"\n".join(lines))
+
+
+def an_image(folder: Path, _recipe: Recipe) -> None:
+    rows = chat_rows(9)
+    text = {"type": "text", "text": "What is this?"}
+    rows[2]["messages"][0]["content"] = [text, {"type": "image_url", "image_url": {"url": "cat.png"}}]
+    write_jsonl(folder / "chat.jsonl", rows)
+
+
+def cut_gzip(folder: Path, recipe: Recipe) -> None:
+    body = "".join(json.dumps(row) + "\n" for row in chat_rows(99)).encode()
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress(body)[:-50])
+    recipe["data"]["train"] = [{"path": "more.jsonl.gz"}]
+
+
+def cut_parquet(folder: Path, recipe: Recipe) -> None:
+    path = write_parquet(folder / "rows.parquet", chat_rows(9))
+    path.write_bytes(path.read_bytes()[:-20])
+    recipe["data"]["train"] = [{"path": "rows.parquet"}]
+
+
+def mixed_schemas(folder: Path, recipe: Recipe) -> None:
+    write_parquet(folder / "shards/one.parquet", [{"text": "alpha"}])
+    write_parquet(folder / "shards/two.parquet", [{"text": 7}])
+    recipe["data"]["train"] = [{"path": "shards"}]
+
+
+def empty_file(folder: Path, recipe: Recipe) -> None:
+    (folder / "empty.jsonl").write_text("")
+    recipe["data"]["train"] = [{"path": "empty.jsonl"}]
+
+
+def preferences(folder: Path, recipe: Recipe) -> None:
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": "alpha?", "chosen": "beta", "rejected": "eta"}] * 3)
+    recipe["data"]["train"] = [{"path": "pairs.jsonl"}]
+
+
 def empty_answers(folder: Path, _recipe: Recipe) -> None:
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}] * 4
     write_jsonl(folder / "chat.jsonl", rows)
@@ -109,7 +151,10 @@ MISTAKES = {
     ),
     "recipe": Mistake("A recipe that is not there", lambda f, r: None, ("recpie.yaml",), before_ranks=True),
     "file": Mistake(
-        "Data that is not there", train_path("chats.jsonl", format="chat"), ("chats.jsonl",), before_ranks=True
+        "Data that is not there",
+        train_path("chats.jsonl", format="chat"),
+        ("recipe.yaml:", "data.train.0.path", "chats.jsonl", "Did you mean chat.jsonl?"),
+        before_ranks=True,
     ),
     "glob": Mistake(
         "A glob that matches nothing",
@@ -124,6 +169,35 @@ MISTAKES = {
         before_ranks=True,
     ),
     "line": Mistake("A broken JSON line", broken_line, ("chat.jsonl", "line 5")),
+    "utf8": Mistake("A line that is no UTF-8", no_utf8, ("chat.jsonl, line 7", "not valid UTF-8")),
+    "image": Mistake(
+        "A message with an image", an_image, ("chat.jsonl, line 3", "messages[0].content[1]", "image_url", "only text")
+    ),
+    "gzip": Mistake(
+        "A compressed file that is cut off", cut_gzip, ("more.jsonl.gz", "cut off", "Write"), before_ranks=True
+    ),
+    "footer": Mistake(
+        "A parquet file that is cut off", cut_parquet, ("rows.parquet", "cut off", "Write"), before_ranks=True
+    ),
+    "mixed": Mistake(
+        "Files that do not belong together",
+        mixed_schemas,
+        ("'text' is text in", "one.parquet", "a number in", "two.parquet", "two sources"),
+        before_ranks=True,
+    ),
+    "empty": Mistake("An empty file", empty_file, ("empty.jsonl", "0 bytes"), before_ranks=True),
+    "format": Mistake(
+        "Rows that the method does not learn from",
+        preferences,
+        ("pairs", "format preference", "method sft reads chat"),
+        before_ranks=True,
+    ),
+    "weight": Mistake(
+        "A weight of zero",
+        train_path("chat.jsonl", format="chat", weight=0),
+        ("recipe.yaml", "data.train.0.weight", "above 0"),
+        before_ranks=True,
+    ),
     "answer": Mistake(
         "Rows without an answer",
         empty_answers,
