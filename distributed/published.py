@@ -26,13 +26,13 @@ def published_files(recipe: Recipe, built: BuiltModel, folder: ModelFolder) -> d
     if built.has_adapter:
         del files["config.json"]
         files["adapter_config.json"] = _as_json(_adapter_config(recipe, built, folder))
-    template = _chat_template(recipe, folder)
+    template = published_template(recipe, folder)
     if template is not None:
         files["chat_template.jinja"] = template.encode()
     return files
 
 
-def _chat_template(recipe: Recipe, folder: ModelFolder) -> str | None:
+def published_template(recipe: Recipe, folder: ModelFolder) -> str | None:
     """The recipe's template, with its variables as defaults, so that the model is asked as it was trained; None: the
     tokenizer's own as it is."""
     given, variables = recipe.model.chat_template, recipe.model.chat_template_kwargs

@@ -163,7 +163,7 @@ def written_out(encoder: TextEncoder, conversation: str) -> list[str]:
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """A token as text in quotation marks, or as bytes where it is a part of a character."""
-    text = tokenizer.id_to_token(token)
+    text = str(tokenizer.id_to_token(token))
     if token in tokenizer.get_added_tokens_decoder():
         return text
     raw = bytes(BYTES[character] for character in text)

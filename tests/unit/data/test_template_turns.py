@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +15,14 @@ from transformers import AutoTokenizer
 from ftlaunch.distributed.data.chat import ChatTemplate, with_defaults
 from ftlaunch.distributed.data.spans import Conversation
 from ftlaunch.distributed.data.template import load_tokenizer
+from ftlaunch.distributed.model_files import ModelFolder
+from ftlaunch.distributed.published import published_template
+from ftlaunch.distributed.row_encoder import open_encoder, spec_of
+from ftlaunch.launcher.sampling import make_encoder
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.methods.sft import Sft
 from ftlaunch.recipes.methods.turns import choose_turns
+from ftlaunch.recipes.schema import Recipe
 from ftlaunch.recipes.schema import Sft as SftConfig
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
@@ -205,6 +211,21 @@ def test_variables_of_a_template_reach_it_and_others_are_refused(tokenizers):
     assert theirs.apply_chat_template(TALK[:1], enable_thinking=True, **options) != asked
     again = load_tokenizer(path, None, published_source, variables={"enable_thinking": True})
     assert again.chat_template.render(TALK[:1], add_generation_prompt=True) != asked
+
+
+def test_the_recipes_variables_reach_training_check_and_the_published_model(tokenizers, tmp_path):
+    folder = ModelFolder(tokenizers["qwen3"])
+    Path(folder.url, "config.json").write_text("{}")
+    model = {"path": folder.url, "chat_template_kwargs": {"enable_thinking": False}}
+    recipe = Recipe.model_validate({"name": "x", "model": model, "data": {"train": [{"path": "rows.jsonl"}]}})
+    training = pickle.loads(pickle.dumps(open_encoder(spec_of(recipe, folder, now=NOW)))).tokenizer
+    looking = make_encoder(recipe, ask_hub=False)
+    served = AutoTokenizer.from_pretrained(folder.url, chat_template=published_template(recipe, folder))
+    asked = served.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
+    for encoder in (training, looking):
+        assert encoder.chat_template.render(TALK[:1], add_generation_prompt=True) == asked
+    assert asked.endswith("<think>\n\n</think>\n\n")
+    assert published_template(Recipe.model_validate({**recipe.model_dump(), "model": {"path": "m"}}), folder) is None
 
 
 def test_variables_without_a_template_are_refused(tmp_path):
