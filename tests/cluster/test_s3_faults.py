@@ -180,6 +180,19 @@ def test_every_row_comes_once_whatever_happens_on_the_way_over_http(web, kind):
     assert web.counts.total() - web.counts["untouched"] >= 4, web.counts
 
 
+def test_files_are_written_whole_whatever_happens_on_the_way(s3):
+    s3.applies = lambda method, path: method in ("PUT", "POST")
+    s3.rates = {"reset": 0.1, "slow_down": 0.1, "error": 0.1}
+    data = bytes(range(256)) * (storage.WRITE_BLOCK_BYTES // 200)
+    for number in range(16):
+        storage.write_bytes(f"s3://acme/written/{number}", b"%d" % number)
+    with storage.open_write("s3://acme/written/long") as file:
+        file.write(data)
+    assert [storage.read_bytes(f"s3://acme/written/{n}") for n in range(16)] == [b"%d" % n for n in range(16)]
+    assert storage.read_bytes("s3://acme/written/long") == data
+    assert s3.counts.total() > s3.counts["untouched"]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in PASSING if kind != "delay"])
 def test_trouble_that_stays_ends_with_an_infrastructure_error(s3, kind):
     index = build_index([Source(path="s3://acme/data", format="text")], ["s"])
