@@ -26,7 +26,7 @@ class Feed(Protocol):
         """The next step's part; raises what the reader raised, every time it is asked again."""
         ...
 
-    def initial_states(self) -> bytes:
+    def initial_states(self) -> States | bytes:
         """The states before the first part, as in `Part.states`; before the first `next_part`."""
         ...
 
@@ -103,7 +103,7 @@ class ThreadFeed:
         self._room.give_back(nbytes_of(part))
         return part
 
-    def initial_states(self) -> bytes:
+    def initial_states(self) -> States:
         return self._initial
 
     def close(self) -> None:

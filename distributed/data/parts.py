@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +42,8 @@ class MicroBatch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some streams' part of one step. The fields are those of `stream.StepBatches`; `states`: JSON, what
-    `PartReader.restore` takes, after this step."""
+    """Some streams' part of one step. The fields are those of `stream.StepBatches`; `states`: what
+    `PartReader.restore` takes, after this step; from another process as JSON."""
 
     micro_batches: tuple[MicroBatch, ...]
     served_bytes: int
@@ -54,7 +53,7 @@ class Part(NamedTuple):
     rejections: tuple[tuple[RowId, Rejected], ...]
     read_bytes: int
     needed_bytes: int
-    states: bytes
+    states: States | bytes
 
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:
@@ -126,9 +125,9 @@ class PartReader:
             self.states(),
         )
 
-    def states(self) -> bytes:
-        """JSON of the streams' states as they are now, about 1 KB each."""
-        return json.dumps({number: stream.state() for number, stream in self._streams.items()}).encode()
+    def states(self) -> States:
+        """The streams' states as they are now, by number; about 1 KB each as JSON."""
+        return {str(number): stream.state() for number, stream in self._streams.items()}
 
     def restore(self, states: States) -> None:
         """Go on from the states of these streams, and perhaps others. Raises UserError."""

@@ -7,6 +7,7 @@ closes. It hears no signal that asks to stop, because those are its rank's to an
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -43,11 +44,16 @@ def _read(channel: socket.socket) -> None:
     (states,) = inbox.get()
     if states is not None:
         reader.restore(states)
-    wire.send(channel, reader.states())
+    wire.send(channel, _packed(reader.states()))
     while True:
         part = reader.next_part()
         room.take(nbytes_of(part))
-        wire.send(channel, part)
+        wire.send(channel, part._replace(states=_packed(part.states)))
+
+
+def _packed(states: Any) -> bytes:
+    """States are looked at when a checkpoint is saved; until then the rank need not make objects of them."""
+    return json.dumps(states).encode()
 
 
 def _listen(channel: socket.socket, inbox: queue.SimpleQueue[Any], room: Room) -> None:

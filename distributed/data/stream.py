@@ -60,7 +60,7 @@ class Stream:
         self._feeds = feeds
         self._share = share
         self._node = node
-        self._states: list[bytes] | None = None
+        self._states: list[States | bytes] | None = None
         self._begun = False
 
     def next_step(self) -> StepBatches:
@@ -88,7 +88,8 @@ class Stream:
         self.begin()
         if self._states is None:
             self._states = [feed.initial_states() for feed in self._feeds]
-        return {number: state for part in self._states for number, state in json.loads(part).items()}
+        parts = [json.loads(part) if isinstance(part, bytes) else part for part in self._states]
+        return {number: dict(state) for part in parts for number, state in part.items()}
 
     def restore(self, states: States) -> None:
         """Go on from the states of all ranks of a run at any world size; before anything else. Raises UserError."""

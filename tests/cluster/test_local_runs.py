@@ -19,6 +19,7 @@ STEPS = 60
 
 TENSORS = ("model.safetensors", "training/exp_avg.safetensors", "training/exp_avg_sq.safetensors")
 TWO_RANKS = "cluster.processes_per_node=2"
+READERS = "data.reader_processes=1"
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def outcomes(directory: Path) -> list[str]:
 
 
 def started_at(directory: Path, step: int) -> Command:
-    """The run of `prepare` under Ray on two ranks, as soon as its metrics tell of a step."""
-    command = Command(ftlaunch(f"{directory.name}.yaml", TWO_RANKS), directory.parents[1])
+    """The run of `prepare` under Ray on two ranks with a reader process each, once its metrics tell of a step."""
+    command = Command(ftlaunch(f"{directory.name}.yaml", TWO_RANKS, READERS), directory.parents[1])
     assert command.wait_until(lambda: reached(directory, step)), command.text
     return command
 
@@ -158,7 +159,10 @@ def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     command = started_at(directory, 12)
     ranks = [process for process in family(command) if "RayTrainWorker" in " ".join(process.cmdline())]
     assert len(ranks) == 2
+    readers = [child for child in ranks[0].children() if "reader_process" in " ".join(child.cmdline())]
+    assert len(readers) == 1
     ranks[0].kill()
+    assert_gone(readers)
     assert command.wait() == 0, command.text
     assert "a rank was lost: all are started again (start 2)" in command.text
     events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
