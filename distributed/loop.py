@@ -11,7 +11,7 @@ import torch
 
 from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Models
-from ..recipes.schema import Recipe
+from ..recipes.schema import EvalSplit, Recipe
 from .batch import on_device, seed_dropout
 from .data.parts import MicroBatch
 from .data.stream import StepBatches, Stream
@@ -104,7 +104,9 @@ def _refuse_no_data(run: Run) -> None:
     """A run that ends before its first step has trained nothing, and must not look as if it had."""
     if run.extent.steps:
         return
-    rows = "\n  ".join(run.saver.rejections.take(run.group.peers)) or "there is none"
+    held_out = isinstance(run.recipe.data.eval, EvalSplit)
+    none = "all rows are held out: lower data.eval.fraction" if held_out else "the files hold no rows"
+    rows = "\n  ".join(run.saver.rejections.take(run.group.peers)) or none
     raise UserError(
         f"data.train: no row gives anything to learn:\n  {rows}\n`ftlaunch check` shows what is learned from a row."
     )

@@ -103,6 +103,10 @@ def empty_file(folder: Path, recipe: Recipe) -> None:
     recipe["data"]["train"] = [{"path": "empty.jsonl"}]
 
 
+def all_held_out(_folder: Path, recipe: Recipe) -> None:
+    recipe["data"]["eval"] = {"fraction": 0.999999}
+
+
 def preferences(folder: Path, recipe: Recipe) -> None:
     write_jsonl(folder / "pairs.jsonl", [{"prompt": "alpha?", "chosen": "beta", "rejected": "eta"}] * 3)
     recipe["data"]["train"] = [{"path": "pairs.jsonl"}]
@@ -202,6 +206,11 @@ MISTAKES = {
         "Rows without an answer",
         empty_answers,
         ("no row gives anything to learn", "chat.jsonl", "row 0", "empty answer"),
+    ),
+    "held_out": Mistake(
+        "A held-out part that leaves nothing to train on",
+        all_held_out,
+        ("no row gives anything to learn", "all rows are held out", "data.eval.fraction"),
     ),
     "prompt": Mistake(
         "Prompts that fill the sequence", endless_prompts, ("no row gives anything to learn", "row 0", "truncat")
