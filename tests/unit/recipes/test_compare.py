@@ -38,6 +38,7 @@ def test_the_same_recipe_has_no_changes() -> None:
         ),
         ({"evaluate": {"every_steps": 3}}, {"evaluate.every_steps": "continues"}),
         ({"strategy": {"type": "ddp"}}, {"strategy": "continues"}),
+        ({"data": {**BASE["data"], "reader_processes": 2}}, {"data.reader_processes": "continues"}),
         (
             {"strategy": {"type": "fsdp", "reshard_after_forward": False}},
             {"strategy.reshard_after_forward": "continues"},
