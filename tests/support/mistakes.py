@@ -117,7 +117,8 @@ def empty_answers(folder: Path, _recipe: Recipe) -> None:
     write_jsonl(folder / "chat.jsonl", rows)
 
 
-def endless_prompts(folder: Path, _recipe: Recipe) -> None:
+def endless_prompts(folder: Path, recipe: Recipe) -> None:
+    recipe["data"]["overlong"] = "truncate_right"
     messages = [{"role": "user", "content": "alpha " * 500}, {"role": "assistant", "content": "beta"}]
     write_jsonl(folder / "chat.jsonl", [{"messages": messages}] * 4)
 
