@@ -33,22 +33,17 @@ class SourcePlan:
     """The recipe does not say the format; the columns fit only this one."""
 
 
-def paths_of(source: Source) -> tuple[str, ...]:
-    """A source's paths, as a tuple."""
-    return (source.path,) if isinstance(source.path, str) else source.path
-
-
 def index_source(source: Source, name: str, key: str = "") -> Index | Unknown:
     """The index of one source, which stands at `key` in the recipe. Raises UserError for a place in reach that holds no
     usable data."""
     options = storage.options_text(source.storage_options)
-    for path in paths_of(source):
+    for path in source.paths:
         if is_pinned(path):
             return Unknown(f"{path} is on a hub, which plan does not ask")
         reached = ask(path, lambda: True, options)
         if isinstance(reached, Unknown):
             return reached
-    return ask(paths_of(source)[0], lambda: build_index([source], [name], keys=[key]), options)
+    return ask(source.paths[0], lambda: build_index([source], [name], keys=[key]), options)
 
 
 def named_sources(recipe: Recipe) -> list[tuple[str, str, Source]]:
@@ -74,7 +69,7 @@ def describe(split: str, name: str, source: Source, index: Index) -> SourcePlan:
     return SourcePlan(
         name=name,
         split=split,
-        path=", ".join(paths_of(source)),
+        path=", ".join(source.paths),
         format=index.sources[0].format,
         files=len(index.files),
         bytes=round(sum(file.size for file in index.files) * _used_share(index)),

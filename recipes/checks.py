@@ -166,8 +166,7 @@ def hub_keys_with_hub_paths(recipe: Recipe) -> Iterator[Problem]:
     held_out: Sequence[Source] = () if isinstance(recipe.data.eval, EvalSplit) else recipe.data.eval
     for key, sources in (("data.train", recipe.data.train), ("data.eval", held_out)):
         for index, source in enumerate(sources):
-            paths = (source.path,) if isinstance(source.path, str) else source.path
-            if all(path.startswith("hub:") for path in paths):
+            if all(path.startswith("hub:") for path in source.paths):
                 continue
             for name, value in (("split", source.split), ("subset", source.subset)):
                 if value is not None:

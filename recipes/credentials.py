@@ -35,13 +35,12 @@ _SAME_AS = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "htt
 def no_credentials_in_options(recipe: Recipe) -> Iterator[Problem]:
     """`storage_options` say where and how, the environment says who."""
     for key, source in _sources(recipe):
-        paths = (source.path,) if isinstance(source.path, str) else source.path
         for name in _secret_keys(source.storage_options, ""):
-            remedy = _remedy(paths[0])
+            remedy = _remedy(source.paths[0])
             yield Problem(
                 f"{key}.storage_options.{name}", "credentials do not belong in a recipe, not as ${VAR} either", remedy
             )
-        if source.storage_options and all("://" not in path or path.startswith("file://") for path in paths):
+        if source.storage_options and all("://" not in path or path.startswith("file://") for path in source.paths):
             yield Problem(f"{key}.storage_options", "means nothing for local files", "leave it out")
 
 
@@ -69,8 +68,7 @@ def _urls(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ]
     yield from ((key, text) for key, text in [*named, ("checkpoint.path", recipe.checkpoint.path)] if text)
     for key, source in _sources(recipe):
-        paths = (source.path,) if isinstance(source.path, str) else source.path
-        yield from ((f"{key}.path", path) for path in paths)
+        yield from ((f"{key}.path", path) for path in source.paths)
         yield from _texts(source.storage_options, f"{key}.storage_options")
 
 

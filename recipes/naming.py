@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .schema import Data, EvalSplit, Source
 
-_SUFFIXES = re.compile(r"(\.(jsonl?|parquet|arrow|gz|zst|txt))+$", re.IGNORECASE)
+_SUFFIXES = re.compile(r"(\.(jsonl?|ndjson|parquet|pq|arrow|feather|csv|tsv|txt|md|gz|zst))+$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[\]{}]")
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -17,7 +17,7 @@ def source_name(source: Source) -> str:
     the file's suffix. `s3://acme/tickets/*.parquet` is `tickets`."""
     if source.name is not None:
         return source.name
-    path = source.path if isinstance(source.path, str) else next(iter(source.path), "")
+    path = next(iter(source.paths), "")
     if path.startswith("hub:"):
         path = path.partition("@")[0]
     for part in reversed(path.partition("::")[0].partition("?*")[0].rpartition("://")[2].split("/")):

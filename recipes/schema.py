@@ -66,8 +66,8 @@ class Sft(Section):
 
     type: Literal["sft"] = "sft"
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
-    """Which tokens of a chat are supervised: every turn of the assistant, its last one, those after the last question, or
-    all tokens. A message's own `weight`, `train` or `training` of 0 leaves it out. A prompt/completion row always
+    """Which tokens of a chat are supervised: every turn of the assistant, its last one, those after the last question,
+    or all tokens. A message's own `weight`, `train` or `training` of 0 leaves it out. A prompt/completion row always
     supervises its completion, or with `all` everything; a text row everything."""
 
 
@@ -117,6 +117,11 @@ class Source(Section):
     once as far as needed when the run first starts."""
     overlong: Overlong | None = None
     """What becomes of rows longer than a sequence; None: as data.overlong says."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 class TrainSource(Source):

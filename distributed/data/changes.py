@@ -10,7 +10,7 @@ from ..storage import FileInfo
 from .at_once import in_parallel
 from .hub import is_pinned
 from .index import Index
-from .sources import list_now, paths_of
+from .sources import list_now
 
 NAMED = 10
 
@@ -37,7 +37,7 @@ class Changes:
 def find_changes(index: Index, sources: Sequence[Source]) -> Changes:
     """List the sources' files again and compare."""
     now = {_place(file): file for group in in_parallel(list_now, sources) for file in group}
-    compared = [not all(map(is_pinned, paths_of(source))) for source in sources]
+    compared = [not all(map(is_pinned, source.paths)) for source in sources]
     before = {
         _place(file): file
         for file, source in zip(index.files, index.file_source.tolist(), strict=True)

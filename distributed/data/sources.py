@@ -50,7 +50,7 @@ def find_files(source: Source, key: str) -> list[FileInfo]:
     options = storage.options_text(source.storage_options)
     where = f"{key}.path" if key else ""
     files = []
-    for path in paths_of(source):
+    for path in source.paths:
         there = _path_files(source, path, options)
         if not there:
             raise KeyedError(f"{path}: no data files found. {_near(path, options)}{_hub_hint(path)}", where)
@@ -67,13 +67,8 @@ def list_now(source: Source) -> list[FileInfo]:
     """What `find_files` would find; fewer files, or none, where some are gone. Files of a commit cannot change and are
     not asked for."""
     options = storage.options_text(source.storage_options)
-    paths = [path for path in paths_of(source) if not is_pinned(path)]
+    paths = [path for path in source.paths if not is_pinned(path)]
     return [file for path in paths for file in _path_files(source, path, options)]
-
-
-def paths_of(source: Source) -> tuple[str, ...]:
-    """A source's paths, as a tuple."""
-    return (source.path,) if isinstance(source.path, str) else source.path
 
 
 def _path_files(source: Source, path: str, options: str) -> list[FileInfo]:

@@ -15,7 +15,7 @@ import zstandard
 from ftlaunch.launcher.catalogue import headline, packaged_recipes
 from ftlaunch.launcher.hardware import Machine
 from ftlaunch.launcher.plan import make_plan
-from ftlaunch.launcher.plan_data import named_sources, paths_of
+from ftlaunch.launcher.plan_data import named_sources
 from ftlaunch.launcher.plan_world import BatchPlan, WorldPlan
 from ftlaunch.recipes.load import load_recipe
 from ftlaunch.recipes.schema import Source
@@ -30,7 +30,7 @@ ROWS = {
 def write_data(source: Source) -> None:
     """A file for each path of a source."""
     row = {source.columns.get(name, name): value for name, value in ROWS[source.format or "chat"].items()}
-    for path in paths_of(source):
+    for path in source.paths:
         file = Path(path.replace("*", "part-0"))
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".parquet":
