@@ -142,10 +142,11 @@ class BlockCache:
             return self._asked.popleft()
         while self._later:
             first = self._later[0]
-            if first.ahead and not first.started and first.nbytes <= self._max_bytes and not self._has_room(first):
+            passed_over = first.started or not first.ahead or first.nbytes > self._max_bytes
+            if not passed_over and not self._has_room(first):
                 return None
             self._later.popleft()
-            if first.ahead and not first.started and first.nbytes <= self._max_bytes:
+            if not passed_over:
                 return first
         return None
 
