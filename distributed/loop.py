@@ -106,7 +106,7 @@ def _refuse_no_data(run: Run) -> None:
         return
     held_out = isinstance(run.recipe.data.eval, EvalSplit)
     none = "all rows are held out: lower data.eval.fraction" if held_out else "the files hold no rows"
-    rows = "\n  ".join(run.saver.rejections.take(run.group.peers)) or none
+    rows = "\n  ".join(dict.fromkeys(run.saver.rejections.take(run.group.peers))) or none  # they came again and again
     raise UserError(
         f"data.train: no row gives anything to learn:\n  {rows}\n`ftlaunch check` shows what is learned from a row."
     )
