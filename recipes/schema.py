@@ -169,7 +169,7 @@ class Data(Section):
     max(16, world size) at the run's first start; recorded with the run."""
     reader_processes: NonNegativeInt | None = None
     """Processes per rank that read and tokenise; 0: a thread of the rank's own. None: 0 on a CPU, which
-    computes on all its cores; on a GPU one for every 4 cores of the rank, at most 4. The steps are the same for any
+    computes on all its cores; on a GPU one for every 4 cores of the rank, at most 2. The steps are the same for any
     number."""
 
 

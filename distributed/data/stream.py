@@ -23,8 +23,8 @@ CACHE_BYTES = 256 * 2**20
 """Decoded blocks that one rank keeps for a while beyond those its streams hold, and again as much read ahead."""
 
 CORES_PER_READER = 4
-MAX_READERS = 4
-"""More than a rank's model consumes, for every model that needs a GPU; `data.reader_processes` may ask for others."""
+USUAL_READERS = 2
+"""At most, unless the recipe asks for more: two tokenise faster than most models learn, and each holds a tokenizer."""
 
 
 class StepBatches(NamedTuple):
@@ -150,4 +150,4 @@ def usual_readers(cores_per_rank: int, *, on_gpu: bool) -> int:
 
     A rank on a CPU computes on all its cores, and a process would only take one from it (measured: as fast as a thread
     within the noise). A rank on a GPU hands kernels out from one core, and has others to spare."""
-    return min(MAX_READERS, cores_per_rank // CORES_PER_READER) if on_gpu else 0
+    return min(USUAL_READERS, cores_per_rank // CORES_PER_READER) if on_gpu else 0
