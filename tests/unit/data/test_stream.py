@@ -189,8 +189,8 @@ def test_ranks_that_do_not_divide_the_batch_get_empty_bins(tmp_path, world):
 
 
 def test_processes_read_where_a_rank_has_cores_to_spare():
-    assert [usual_readers(cores, on_gpu=True) for cores in (1, 3, 4, 8, 64)] == [0, 0, 1, 2, 2]
-    assert usual_readers(64, on_gpu=False) == 0
+    assert [stream_module.usual_readers(cores, on_gpu=True) for cores in (1, 3, 4, 8, 64)] == [0, 0, 1, 2, 2]
+    assert stream_module.usual_readers(64, on_gpu=False) == 0
 
 
 def test_every_bin_has_one_owner():
