@@ -20,6 +20,7 @@ from .evaluate import Reader
 from .group import Group, cores
 from .indexing import digest_of, eval_index, index_data, load_index, train_index
 from .model_files import ModelFolder
+from .prepare import check_prepared
 from .row_encoder import RowEncoder, open_encoder, spec_of
 from .world import World
 
@@ -116,6 +117,9 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
     train, evals = train_index(recipe.data), eval_index(recipe.data)
     train_blocks = load_index(attempt.run, train)
     encode = open_encoder(spec_of(recipe, folder, now=attempt.started_at))
+    group.from_main(
+        partial(check_prepared, train_blocks, train.key, encode, recipe.data.sequence_length), "looking at the data"
+    )
     stream = group.alike(
         partial(_open_stream, recipe, train_blocks, encode, method, attempt, group.world), "opening the training data"
     )

@@ -172,6 +172,20 @@ def check(
 
 
 @app.command
+def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place = Place()) -> int:
+    """Tokenise the data ahead, on CPU nodes, and write the recipe that trains on the result.
+
+    Parameters
+    ----------
+    to
+        Folder or URL for the shards.
+    """
+    from .prepare import prepare as prepare_data
+
+    return prepare_data(_load(recipe, overrides, place), to)
+
+
+@app.command
 def quickstart(folder: Path = Path("ftlaunch-quickstart"), /) -> int:
     """Train a small model on this machine's own Python files, to see everything work.
 
@@ -268,7 +282,7 @@ def status(run: str, /) -> int:
     return show_status(run)
 
 
-VERBS = ("plan", "check", "quickstart", "recipes", "schema", "generate", "pull", "status")
+VERBS = ("plan", "check", "prepare", "quickstart", "recipes", "schema", "generate", "pull", "status")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ COLUMNS: dict[RowFormat, Columns] = {
     "alpaca": Columns(("instruction", "output"), ("input", "system", "history", "documents")),
     "prompt_completion": Columns(("prompt", "completion"), ("tools", "documents")),
     "text": Columns(("text",)),
+    "tokenized": Columns(("input_ids",), ("supervised", "labels")),
     "preference": Columns(("chosen", "rejected"), ("prompt", "tools", "documents")),
     "binary_preference": Columns(("prompt", "completion", "label"), ("tools", "documents")),
     "ranking": Columns(("prompt", "responses"), ("scores", "ranks", "tools", "documents")),
@@ -34,8 +35,8 @@ REQUIRED: dict[RowFormat, tuple[str, ...]] = {name: columns.required for name, c
 """Standard columns a row must have."""
 
 READ_BY: dict[str, tuple[RowFormat, ...]] = {
-    "sft": ("chat", "sharegpt", "alpaca", "prompt_completion", "text"),
-    "cpt": ("text",),
+    "sft": ("chat", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"),
+    "cpt": ("text", "tokenized"),
 }
 """`method.type` -> the formats it learns from."""
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .messages import (
     Message,
     common_beginning,
@@ -31,6 +34,14 @@ class Text:
     """A document."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids [S] int32, and which of them are supervised [S] bool."""
+
+    input_ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Ranking:
     documents: Documents
 
 
-Parsed = Text | Completion | Conversation | Preference | BinaryPreference | Ranking
+Parsed = Text | Tokenized | Completion | Conversation | Preference | BinaryPreference | Ranking
 
 
 def parse_row(row: Row, row_format: RowFormat) -> Parsed:
@@ -126,6 +137,37 @@ def _prompt_completion(row: Row) -> Completion | Conversation:
 
 def _text(row: Row) -> Text:
     return Text(_string(row, "text"))
+
+
+def _tokenized(row: Row) -> Tokenized:
+    """Ids as numbers or as the bytes of little-endian int32, and what `supervised` (true or false for each; as bytes:
+    bits, `numpy.packbits`) or `labels` (IGNORED: not supervised) says; without them everything is supervised."""
+    ids = _ids(row["input_ids"], "input_ids")
+    if row.get("supervised") is not None:
+        supervised = _flags(row["supervised"], len(ids))
+    elif row.get("labels") is not None:
+        supervised = _ids(row["labels"], "labels") >= 0
+    else:
+        supervised = np.ones(len(ids), np.bool_)
+    if len(supervised) != len(ids):
+        raise ValueError(f"input_ids holds {len(ids)} tokens, what is supervised {len(supervised)}; expected as many")
+    return Tokenized(ids, supervised)
+
+
+def _ids(value: Any, column: str) -> npt.NDArray[np.int32]:
+    if isinstance(value, bytes) and len(value) % 4 == 0:
+        return np.frombuffer(value, "<i4").astype(np.int32)
+    if isinstance(value, list) and all(type(one) is int for one in value):
+        return np.array(value, np.int32)
+    raise ValueError(f"{column} is {short(value)}; expected a list of token ids")
+
+
+def _flags(value: Any, count: int) -> npt.NDArray[np.bool_]:
+    if isinstance(value, bytes):
+        return np.unpackbits(np.frombuffer(value, np.uint8), count=min(count, 8 * len(value))).astype(np.bool_)
+    if isinstance(value, list) and all(one in (0, 1) for one in value):
+        return np.array(value, np.bool_)
+    raise ValueError(f"supervised is {short(value)}; expected true or false for every token")
 
 
 def _preference(row: Row) -> Preference:
@@ -184,6 +226,7 @@ READERS: dict[RowFormat, Callable[[Row], Parsed]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _text,
+    "tokenized": _tokenized,
     "preference": _preference,
     "binary_preference": _binary_preference,
     "ranking": _ranking,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..formats import require_readable
 from ..messages import Message
-from ..rows import Completion, Conversation, Documents, Parsed, Text, parse_row, written_out
+from ..rows import Completion, Conversation, Documents, Parsed, Text, Tokenized, parse_row, written_out
 from ..schema import RowFormat
 from ..schema import Sft as SftConfig
 from .base import Batch, LossTerms, Models, Rejected, Row, RowId, Sample, TokenEncoder
@@ -56,6 +56,8 @@ class Sft:
         match row:
             case Text(text):
                 return encoder.text(text) if text.strip() else Rejected("empty text")
+            case Tokenized(input_ids, supervised):
+                return (input_ids, supervised) if len(input_ids) > 1 else Rejected("empty text: fewer than two tokens")
             case Completion():
                 return self._completion(row, encoder)
             case Conversation():
