@@ -12,6 +12,7 @@ from ..recipes.schema import EvalSplit, Recipe, Source
 from .attempt import Attempt
 from .data.epoch_again import EpochAgain, begin_epoch_again
 from .data.evaluation import EvalBatches
+from .data.feed import read_ahead
 from .data.index import Index
 from .data.lane_plan import by_source, integer_weights_of, order_key, plan_lanes
 from .data.parts import MicroBatch
@@ -92,19 +93,18 @@ class RunData:
         }
 
     def _eval_batches(self, index: Index, source: Source, fraction: float | None) -> Iterator[MicroBatch]:
-        return iter(
-            EvalBatches(
-                index,
-                data=self.recipe.data,
-                world_rank=self.group.world.rank,
-                world_size=self.group.world.size,
-                micro_batch_size=self.recipe.train.micro_batch_size,
-                encode=self.encode,
-                collate=self.method.collate,
-                source=source,
-                held_out_fraction=fraction,
-            )
+        batches = EvalBatches(
+            index,
+            data=self.recipe.data,
+            world_rank=self.group.world.rank,
+            world_size=self.group.world.size,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+            encode=self.encode,
+            collate=self.method.collate,
+            source=source,
+            held_out_fraction=fraction,
         )
+        return read_ahead(iter(batches))
 
 
 def _in_words(weights: Mapping[str, int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -60,7 +60,7 @@ class EvalBatches:
         """Rows, tokens and rejections of this rank so far."""
         return counters.copy(self._stream.counts)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def __iter__(self) -> Generator[MicroBatch, None, None]:
         number = 0
         try:
             while True:

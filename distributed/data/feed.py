@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Protocol
 
-from .parts import Part, PartReader, PartSpec, States
+from .parts import MicroBatch, Part, PartReader, PartSpec, States
 
 AHEAD_STEPS = 16
 """Finished steps that wait for the loop, at most; small steps make up for stalls by their number."""
@@ -37,8 +39,11 @@ class Feed(Protocol):
 
 def nbytes_of(part: Part) -> int:
     """Bytes of a part's arrays."""
-    batches = (micro.batch for micro in part.micro_batches)
-    return sum(b.input_ids.nbytes + b.position_ids.nbytes + b.targets.nbytes for b in batches)
+    return sum(_nbytes(micro) for micro in part.micro_batches)
+
+
+def _nbytes(micro: MicroBatch) -> int:
+    return micro.batch.input_ids.nbytes + micro.batch.position_ids.nbytes + micro.batch.targets.nbytes
 
 
 class Room:
@@ -75,6 +80,35 @@ class Room:
 
     def _fits(self, nbytes: int) -> bool:
         return self._steps == 0 or (self._steps < self._max_steps and self._bytes + nbytes <= self._max_bytes)
+
+
+def read_ahead(batches: Generator[MicroBatch, None, None]) -> Iterator[MicroBatch]:
+    """The same batches, made in a thread while earlier ones are used. Raises what making them raises."""
+    room = Room(AHEAD_BYTES, AHEAD_STEPS)
+    made: queue.SimpleQueue[MicroBatch | BaseException | None] = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            with closing(batches):
+                for micro in batches:
+                    if not room.take(_nbytes(micro)):
+                        return
+                    made.put(micro)
+            made.put(None)
+        except BaseException as error:  # handed to whoever asks, who raises it
+            made.put(error)
+
+    thread = threading.Thread(target=make, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (micro := made.get()) is not None:
+            if isinstance(micro, BaseException):
+                raise micro
+            room.give_back(_nbytes(micro))
+            yield micro
+    finally:
+        room.close()
+        thread.join()
 
 
 class ThreadFeed:
