@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Line = Mapping[str, Any]
-COUNTERS = ("rows", "tokens", "supervised", "truncated", "split", "rejected")
+COUNTERS = ("rows", "tokens", "supervised", "truncated", "split", "lost_tokens", "rejected")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Counts:
     supervised: int = 0
     truncated: int = 0
     split: int = 0
+    lost_tokens: int = 0
+    """Of rows longer than a sequence: those that were cut off, or dropped with the row."""
     rejected: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -120,7 +120,7 @@ def _sources(record: Record) -> list[tuple[str, list[str]]]:
 
 
 def _cells(counts: Counts, share: float) -> list[str]:
-    others = [counts.truncated, counts.split, sum(counts.rejected.values())]
+    others = [counts.truncated, counts.split, counts.lost_tokens, sum(counts.rejected.values())]
     return [
         *map(units.count, [counts.rows, counts.tokens, counts.supervised]),
         f"{share:.1%}",

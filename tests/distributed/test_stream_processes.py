@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from streams import KINDS, write_file
 
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.recipes.schema import Data, Model, Recipe, Train, TrainSource
@@ -21,14 +22,16 @@ STREAMS = 4
 
 
 def make_recipe(folder):
-    """Two weighted sources, parquet and JSON lines, with documents that must be split."""
+    """Two weighted sources, parquet and every other kind of file, with documents that must be split."""
     lengths = np.random.default_rng(0).integers(2, 40, 400).tolist()
     texts = [f"{number} {length}" for number, length in enumerate(lengths)]
     pq.write_table(pa.table({"text": texts[:250]}), folder / "a.parquet", row_group_size=30)
-    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[250:]))
+    (folder / "b").mkdir()
+    for place, kind in enumerate(KINDS):
+        write_file(folder / "b" / str(place), texts[250 + place * 30 : 280 + place * 30], kind)
     sources = (
         TrainSource(path=str(folder / "a.parquet"), format="text", weight=0.7),
-        TrainSource(path=str(folder / "b.jsonl"), format="text", weight=0.3),
+        TrainSource(path=str(folder / "b"), format="text", weight=0.3),
     )
     build_index(sources, ["a", "b"], block_bytes=500).save(str(folder), "train")
     recipe = Recipe(
