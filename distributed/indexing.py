@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..recipes.errors import UserError
@@ -76,15 +76,18 @@ def accept_changed_data(run: RunDirectory) -> None:
     storage.write_bytes(run.path(INDEX, ACCEPTED), b"")
 
 
-def index_data(recipe: Recipe, run: RunDirectory) -> list[str]:
+def index_data(recipe: Recipe, run: RunDirectory, begin: Callable[[], None] = lambda: None) -> list[str]:
     """Build what is missing in the run directory, and make sure that files are still what a stored index says.
 
     Returns what became of files since, if the run may go on with them (`accept_changed_data`, or it has no checkpoint
-    yet): then a new index lies beside the old one. Raises UserError that names the files otherwise."""
+    yet): then a new index lies beside the old one. Raises UserError that names the files otherwise.
+
+    `begin` is called before the first index of a run is written: a mistake in a path leaves no directory behind."""
     folder = run.path(INDEX)
     accepted = run.path(INDEX, ACCEPTED)
     accept = storage.exists(accepted) or not _has_trained(run)
     notes: list[str] = []
+    built: dict[str, Index] = {}
     for indexed in (train_index(recipe.data), eval_index(recipe.data)):
         generations = _generations(folder, indexed.prefix)
         if indexed.sources and not generations:
@@ -92,9 +95,12 @@ def index_data(recipe: Recipe, run: RunDirectory) -> list[str]:
             for info in index.sources:
                 require_readable(info.format, recipe.method.type, f"source {info.name}")
             require_to_fit(index)
-            index.save(folder, indexed.prefix)
+            built[indexed.prefix] = index
         elif indexed.sources:
             notes += _compare(indexed, folder, generations, accept=accept)
+    begin()
+    for prefix, index in built.items():
+        index.save(folder, prefix)
     storage.delete_tree(accepted)
     return notes
 

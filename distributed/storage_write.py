@@ -142,13 +142,17 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
         raise definite_error(url, error) or InfrastructureError(f"cannot write {url}: {error}") from error
 
 
-def check_writable(url: str, retry: RetryPolicy = RETRY) -> None:
-    """Write a small file below `url` and delete it. Raises UserError that names the place."""
+def check_writable(url: str, retry: RetryPolicy = RETRY, *, setting: str = "checkpoint.path") -> None:
+    """Write a small file below `url` and delete it; a folder that was not there is gone again. Raises UserError that
+    names the place and the `setting` that says it."""
     probe = join(url, f".ftlaunch-write-test-{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"ftlaunch checks that it can write here\n", retry)
         delete_tree(probe, retry)
+        if is_local(url):
+            with contextlib.suppress(OSError):  # something is in it
+                local_path(url).rmdir()
     except (UserError, InfrastructureError) as error:
         raise UserError(
-            f"cannot write to {url}: {error}\nSet checkpoint.path to a place that this user may write to."
+            f"cannot write to {url}: {error}\nSet {setting} to a place that this user may write to."
         ) from error

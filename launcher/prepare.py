@@ -56,7 +56,7 @@ def prepare(loaded: LoadedRecipe, to: str) -> int:
     preparation = Preparation(
         recipe.data, _index(train_index(recipe.data)), _eval_index(recipe), encoder_digest(encode), to
     )
-    storage.check_writable(to)
+    storage.check_writable(to, setting="--to")
     done = _prepare_all(loaded, preparation, encode)
     written = _write_recipe(loaded, preparation)
     _write_manifest(loaded, preparation, done)

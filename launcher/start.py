@@ -59,8 +59,7 @@ def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
         folder = find_model(recipe.model.path)
         if recipe.model.init == "pretrained":
             open_folder(folder.url)
-    run.store_recipe(dump_recipe(recipe, loaded.secrets))
-    return index_data(recipe, run)
+    return index_data(recipe, run, begin=lambda: run.store_recipe(dump_recipe(recipe, loaded.secrets)))
 
 
 def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: Console) -> int:

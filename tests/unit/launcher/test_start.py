@@ -174,3 +174,12 @@ def test_runs_elsewhere_are_called_by_their_url(place):
     assert start.short_name(f"{place}/runs/bot") == "bot"
     assert start.short_name("elsewhere/bot") == "elsewhere/bot"
     assert start.short_name("s3://acme/runs/bot") == "s3://acme/runs/bot"
+
+
+@pytest.mark.parametrize("key", ["data.train.0.path", "data.eval.0.path"])
+def test_a_mistake_in_a_path_leaves_no_run_behind(place, ranks, capsys, key):
+    code, said = run(capsys, f"{key}=nowhere.jsonl")
+    assert code == 1
+    assert "nowhere.jsonl: no data files found" in said
+    assert not (place / "runs/bot").exists()
+    assert ranks.seen == []
