@@ -70,6 +70,8 @@ def test_random_conversations_have_the_masks_of_transformers(twins, name):
     @given(TURNS, st.none() | TEXTS)
     def check(turns, system):
         pairs = [message for asked, said in turns for message in (say("user", asked), say("assistant", said))]
+        if name == "deepseek-r1":  # its prompt has written <think> already, so no answer begins with it
+            pairs = [{**message, "content": message["content"].replace("<think>", "")} for message in pairs]
         lead = [say("system", system)] if system is not None and name != "gemma" else []
         twins[name].check([*lead, *pairs])
 
