@@ -30,7 +30,8 @@ def data_bottleneck(record: Record) -> str | None:
         return None
     return (
         f"the data is the bottleneck: ranks waited for it in {share:.0%} of the time. Let more processes read and "
-        f"tokenise (data.reader_processes), if there are cores for them.{_read_again(record)}"
+        "tokenise (data.reader_processes), if there are cores for them, or tokenise ahead of time (ftlaunch prepare)."
+        f"{_read_again(record)}"
     )
 
 
