@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from datetime import date, time
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -152,20 +152,26 @@ def read_metadata(file: FileInfo) -> dict[bytes, bytes]:
     return dict(_footer(file).metadata or {})
 
 
-def _chunk_ranges(group: Any, wanted: Sequence[str] | None) -> list[tuple[int, int]]:
-    """Byte ranges of the column chunks of a row group, ascending."""
-    ranges = []
-    for chunk in _chunks(group, wanted):
-        start = chunk.data_page_offset
-        if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
-            start = min(start, chunk.dictionary_page_offset)
-        ranges.append((start, start + chunk.total_compressed_size))
-    return sorted(ranges)
+class _Part(NamedTuple):
+    """Of a row group: columns, byte ranges of their chunks in ascending order, and their size uncompressed."""
+
+    columns: tuple[str, ...]
+    ranges: list[tuple[int, int]]
+    decoded_bytes: int
 
 
-def _chunks(group: Any, wanted: Sequence[str] | None) -> list[Any]:
-    chunks = (group.column(number) for number in range(group.num_columns))
-    return [chunk for chunk in chunks if wanted is None or _belongs(chunk.path_in_schema, wanted)]
+def _part(group: Any, columns: Sequence[str]) -> _Part:
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    wanted = [chunk for chunk in chunks if _belongs(chunk.path_in_schema, columns)]
+    size = sum(int(chunk.total_uncompressed_size) for chunk in wanted)
+    return _Part(tuple(columns), sorted(map(_chunk_range, wanted)), size)
+
+
+def _chunk_range(chunk: Any) -> tuple[int, int]:
+    start = int(chunk.data_page_offset)
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+        start = min(start, int(chunk.dictionary_page_offset))
+    return start, start + int(chunk.total_compressed_size)
 
 
 def _belongs(path: str, wanted: Sequence[str]) -> bool:
@@ -179,13 +185,13 @@ def scan_parquet(file: FileInfo) -> Scan:
 
 
 def _scan_footer(file: FileInfo, footer: Any) -> Scan:
-    groups = [_chunk_ranges(footer.row_group(number), None) for number in range(footer.num_row_groups)]
+    columns = kinds_of_schema(footer.schema.to_arrow_schema())
+    groups = [_part(footer.row_group(number), list(columns)).ranges for number in range(footer.num_row_groups)]
     if not all(0 <= start <= stop <= file.size for ranges in groups for start, stop in ranges):
         raise ValueError("its footer names columns that it does not hold")
     starts = [min((start for start, _ in ranges), default=0) for ranges in groups]
     sizes = [max(1, sum(stop - start for start, stop in ranges)) for ranges in groups]
     rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-    columns = kinds_of_schema(footer.schema.to_arrow_schema())
     return Scan(np.array(starts, np.int64), np.array(sizes, np.int64), np.array(rows, np.int64), columns)
 
 
@@ -204,12 +210,18 @@ def wanted_columns(address: BlockAddress, there: Sequence[str]) -> tuple[str, ..
     return tuple(there) if address.columns is None else tuple(name for name in address.columns if name in there)
 
 
+def _wanted_part(address: BlockAddress) -> _Part:
+    def look() -> _Part:
+        footer = _footer(address.file)
+        columns = wanted_columns(address, footer.schema.to_arrow_schema().names)
+        return _part(footer.row_group(address.number), columns)
+
+    return readable(address.file, "parquet", look)
+
+
 def require_to_fit(address: BlockAddress) -> None:
     """Raises UserError for a row group whose needed columns, as the footer has their sizes, do not fit into memory."""
-    footer = _footer(address.file)
-    wanted = wanted_columns(address, footer.schema.to_arrow_schema().names)
-    chunks = _chunks(footer.row_group(address.number), wanted)
-    nbytes = sum(int(chunk.total_uncompressed_size) for chunk in chunks)
+    nbytes = _wanted_part(address).decoded_bytes
     require_memory(address.file, nbytes, f"row group {address.number}", REMEDY)
 
 
@@ -218,15 +230,13 @@ def read_parquet(address: BlockAddress) -> Block:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    footer = _footer(address.file)
-    wanted = wanted_columns(address, footer.schema.to_arrow_schema().names)
     require_to_fit(address)
-    handle = RangeFile(address.file)
-    for start, stop in _coalesced(_chunk_ranges(footer.row_group(address.number), wanted)):
+    part, footer, handle = _wanted_part(address), _footer(address.file), RangeFile(address.file)
+    for start, stop in _coalesced(part.ranges):
         handle.fetch(start, stop)
 
     def decode() -> Any:
         parquet = pq.ParquetFile(pa.PythonFile(handle, mode="r"), metadata=footer)
-        return parquet.read_row_group(address.number, columns=list(wanted), use_threads=False)
+        return parquet.read_row_group(address.number, columns=list(part.columns), use_threads=False)
 
     return ArrowBlock(readable(address.file, "parquet", decode))

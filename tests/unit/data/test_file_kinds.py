@@ -239,17 +239,21 @@ def test_a_damaged_arrow_file_is_read_or_named(place, value, as_stream):
             assert "a.arrow" in str(error)
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.integers(0, 3_000), st.integers(0, 255))
-def test_a_damaged_parquet_file_is_read_or_named(place, value):
-    import tempfile
-
+def damaged_parquet():
+    """Every byte of the pages changed once, and the file cut at every place of its footer. (Of a footer that was
+    changed and not cut pyarrow itself may abort: there is nothing to catch.)"""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": ["abc", "d"] * 20}), sink, row_group_size=15)
-    data = bytearray(sink.getvalue().to_pybytes())
-    data[place % len(data)] = value
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.parquet"
+    pq.write_table(pa.table({"text": ["abc", "d"] * 20}), sink, row_group_size=15, compression="none")
+    good = sink.getvalue().to_pybytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    yield from (good[:place] + bytes([good[place] ^ 0x81]) + good[place + 1 :] for place in range(4, footer))
+    yield from (good[:place] for place in range(footer, len(good), 9))
+
+
+def test_a_damaged_parquet_file_is_read_or_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    refused = 0
+    for data in damaged_parquet():
         path.write_bytes(data)
         columnar._footer.cache_clear()
         try:
@@ -261,6 +265,8 @@ def test_a_damaged_parquet_file_is_read_or_named(place, value):
                     rows.values(decoded, block, row)
         except UserError as error:
             assert "a.parquet" in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_text_of_tables_that_is_no_utf8_is_named_by_row_and_column(tmp_path):
