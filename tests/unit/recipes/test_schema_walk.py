@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -110,6 +110,7 @@ KEYS = [(place, name) for place in all_places() for name in place.properties]
 @given(where=st.sampled_from(KEYS), value=PLAIN)
 def test_the_walk_and_pydantic_agree_on_what_is_valid(where: tuple[Place, str], value: Any) -> None:
     place, name = where
+    assume(name != "cluster" or not isinstance(value, str))  # a profile's name, read before anything is checked
     recipe, section, _ = recipe_with(place)
     section[name] = value
     _, invalid = _recipe_of(recipe)
