@@ -153,6 +153,21 @@ def test_with_weights_the_primary_source_ends_the_epoch():
     assert plan.steps_per_epoch == 8
 
 
+@pytest.mark.parametrize(
+    ("keys", "epochs", "steps"),
+    [
+        ([{"num_epochs": 3}, {}], 1, 3 * 10 + 40),
+        ([{"num_epochs": 0.5}, {}], 2, 5 + 2 * 40),
+        ([{"weight": 1, "num_epochs": 2}, {"weight": 1, "primary": True}], 1, 20 + 40),
+        ([{"weight": 1, "num_epochs": 5}, {"weight": 1, "primary": True}], 1, 40 + 40),
+    ],
+)
+def test_passes_of_a_source_are_counted(keys, epochs, steps):
+    data = {"packing": False, "train": [{"path": path, **more} for path, more in zip("ab", keys, strict=True)]}
+    one = recipe(data=data, train={"global_batch_size": 1, "num_epochs": epochs})
+    assert plan_duration(one, [source("a", 10), source("b", 40)], {}).steps == steps
+
+
 def test_a_held_out_fraction_is_not_trained_on():
     data = {"packing": False, "train": [{"path": "a"}], "eval": {"fraction": 0.5}}
     plan = plan_duration(recipe(data=data, train={"global_batch_size": 1}), [source("a", 30)], {})
