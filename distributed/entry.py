@@ -256,12 +256,14 @@ def _where(
         return extent, state["stream"]
     if same_sources(state["data"], data.digest):
         again = data.begin_epoch_again(state["stream"])
-        note, served, states = f"epoch {again.epoch + 1} begins again on them", again.served_bytes, again.states
+        served, states = again.served_bytes, again.states
+        note = f"files of data.train have changed: epoch {again.epoch + 1} begins again on them"
     else:
-        note, served, states = "it is read from its beginning", 0, None
+        served, states = 0, None
+        order = "train.seed, data.shuffle, weights or none"
+        note = f"data.train, or its order ({order}), has changed: it is read from its beginning"
     if recorder:
-        what = "data.train, or its order (train.seed, data.shuffle, weights or none),"
-        recorder.message(f"{what} has changed: {note}", level="warning")
+        recorder.message(note, level="warning")
     return replace(extent, served_bytes=served), states
 
 
