@@ -9,7 +9,18 @@ from pathlib import Path
 from ..recipes.errors import UserError
 
 OPTIONS_WITH_VALUES = frozenset(
-    {"--nodes", "--gpus-per-node", "--cluster", "--max-new-tokens", "--temperature", "--rows", "--samples"}
+    {
+        "--nodes",
+        "--gpus-per-node",
+        "--cluster",
+        "--max-new-tokens",
+        "--temperature",
+        "--rows",
+        "--samples",
+        "--seed",
+        "--report",
+        "--to",
+    }
 )
 """Options whose next word is their value, over all verbs: a verb may come after them."""
 
