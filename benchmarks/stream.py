@@ -22,7 +22,7 @@ CLAIM = (
     "Bytes read / bytes needed: at most 1.05. The first batch: ahead of every peer."
 )
 PEERS = ["hf_datasets", "mosaic", "lit", "ray_data"]
-SHAPE = Shape(files=12, groups=4, rows=700, words=150)
+SHAPE = Shape(files=8, groups=8, rows=250, words=100)
 QUICK = Shape(files=2, groups=2, rows=50, words=40)
 LATENCY_MS = 20.0
 

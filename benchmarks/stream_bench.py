@@ -115,7 +115,7 @@ class Turn:
     shape: Shape
     seed: int
     batch_rows: int = 64
-    sequence_length: int = 1024
+    sequence_length: int = 2048
     shuffle_rows: int = 2000
 
     def take(self, side: str, **job: Any) -> dict[str, Any]:

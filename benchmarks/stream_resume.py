@@ -25,7 +25,7 @@ CLAIM = (
 )
 SIDES = ["ours", "hf_datasets", "mosaic", "lit"]
 SHARES = (0.1, 0.5, 0.9)
-SHAPE = Shape(files=12, groups=4, rows=350, words=80)
+SHAPE = Shape(files=8, groups=8, rows=150, words=80)
 
 
 def serve_until(turn: Turn, side: str, share: float, state: Path) -> list[int]:

@@ -37,9 +37,10 @@ def open_data(job: Job, state: Any) -> Opened:
     )
     index = build_index(recipe.data.train, ["bench"])
     spec = EncoderSpec(recipe.method, job.tokenizer, None, {}, datetime.now(UTC), None)
+    readers = usual_readers(len(os.sched_getaffinity(0)), on_gpu=False)
     stream = open_stream(
         index=index, recipe=recipe, world_rank=0, world_size=1, streams=batch, encode=open_encoder(spec),
-        collate=build_method(recipe.method).collate, reader_processes=usual_readers(len(os.sched_getaffinity(0))),
+        collate=build_method(recipe.method).collate, reader_processes=readers,
     )  # fmt: skip
     if state is not None:
         stream.restore(state)

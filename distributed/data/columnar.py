@@ -23,7 +23,10 @@ from .memory import require_memory
 T = TypeVar("T")
 
 FOOTER_BYTES = 2**16
-"""Read from a parquet file's end in one go; footers are usually smaller."""
+"""Read from a large parquet file's end in one go; footers are usually smaller."""
+
+SMALL_FOOTER_BYTES = 2**13
+"""The same of a small file: a hundredth of it in between. A footer that is longer costs another round trip."""
 
 REMEDY = "Write the file with smaller row groups (pyarrow: row_group_size=10_000; pandas: row_group_size=10_000)."
 
@@ -143,7 +146,7 @@ def _footer(file: FileInfo) -> Any:
     import pyarrow.parquet as pq
 
     handle = RangeFile(file)
-    handle.fetch(max(0, file.size - FOOTER_BYTES), file.size)
+    handle.fetch(max(0, file.size - min(FOOTER_BYTES, max(SMALL_FOOTER_BYTES, file.size // 100))), file.size)
     return readable(file, "parquet", lambda: pq.read_metadata(pa.PythonFile(handle, mode="r")))
 
 
