@@ -90,7 +90,7 @@ def main() -> None:
         write_tokenizer(folder / "tokenizer", shape.num_rows)
         convert(folder / "store/bench", options.sides, stored // (shape.files * shape.groups))
         with serving(folder / "store", 0, LATENCY_MS) as endpoint:
-            turn = Turn(folder, endpoint, shape, options.seed)
+            turn = Turn(folder, endpoint, shape, options.seed, sequence_length=256 if options.quick else 2048)
             for side in options.sides:
                 taken[side], wrong[side] = measure(turn, side, options.rounds, folder)
                 lost = ", ".join(f"{at}: {n['lost']} lost, {n['repeated']} repeated" for at, n in wrong[side].items())

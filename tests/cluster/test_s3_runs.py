@@ -150,7 +150,7 @@ def test_planned_and_checked_from_a_laptop(folder, capsys):
     assert cli.main(["check", recipe]) == 0
 
 
-def test_data_over_plain_http(folder, tmp_path):
+def test_data_over_plain_http(folder, local, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(folder))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         place = f"http://127.0.0.1:{server.server_port}"
