@@ -131,13 +131,14 @@ class View(Protocol):
 
 
 class PlainView:
-    """Lines for logs: each phase once, of steps the first, every tenth, and one after each half minute; all else."""
+    """Lines for logs: each phase once, of steps the first, one in every ten, and one after each half minute; all else."""
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._state = State()
         self._last_line_s = float("-inf")
+        self._last_ten = -1
         self._phases: set[str] = set()
 
     def update(self, event: Event) -> None:
@@ -148,13 +149,16 @@ class PlainView:
             return
         if event["kind"] == "step":
             self._last_line_s = now_s
+            self._last_ten = event["step"] // LINE_EVERY_STEPS
             self._print(step_line(event, self._state.eta_s), "")
         else:
             self._print(event_line(event), LEVEL_STYLES[event.get("level", "info")])
 
     def _is_due(self, event: Event, now_s: float) -> bool:
         if event["kind"] == "step":
-            return event["step"] % LINE_EVERY_STEPS == 0 or now_s - self._last_line_s >= LINE_EVERY_S
+            # Not every step is told of where steps are quick, so the tenth itself may not be.
+            new_ten = event["step"] // LINE_EVERY_STEPS != self._last_ten
+            return new_ten or now_s - self._last_line_s >= LINE_EVERY_S
         if event["kind"] == "phase":
             is_new = event["phase"] not in self._phases
             self._phases.add(event["phase"])

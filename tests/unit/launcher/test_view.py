@@ -52,6 +52,14 @@ def test_a_log_gets_the_first_step_every_tenth_and_one_after_a_pause():
     assert shown == [1, 10, 20, 25]
 
 
+def test_of_quick_steps_that_are_not_all_told_one_in_ten_is_shown():
+    log = console(False)
+    view = PlainView(log, Clock())
+    for number in (1, 7, 13, 19, 26, 32, 38, 44, 51, 99, 101):
+        view.update(step(number, number / 200))
+    assert [int(line.split()[1]) for line in output(log).splitlines()] == [1, 13, 26, 32, 44, 51, 99, 101]
+
+
 def test_every_other_event_is_one_line():
     log = console(False)
     with PlainView(log, Clock()) as view:
