@@ -131,7 +131,7 @@ class View(Protocol):
 
 
 class PlainView:
-    """Lines for logs: each phase once, of steps the first, one in every ten, and one after each half minute; all else."""
+    """Lines for logs: each phase once; of steps the first, one in ten, and one after each half minute; all else."""
 
     def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         self._console = console
