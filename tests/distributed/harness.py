@@ -6,13 +6,15 @@ which a forked OpenMP program may hang.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -93,11 +95,24 @@ def start_distributed(
         store = str(Path(folder.name) / "rendezvous")
         target = partial(_connected, fn, store, timeout_s) if connect else fn
         process = context.Process(target=_rank, args=(target, rank, world_size, args, there), daemon=True)
-        process.start()
+        with nothing_to_collect():
+            process.start()
         there.close()
         ranks.processes.append(process)
         ranks.connections.append(here)
     return ranks
+
+
+@contextmanager
+def nothing_to_collect() -> Iterator[None]:
+    """A process forked in here never collects what it has inherited: the destructor of a gloo group, say, joins threads
+    that the fork does not have, and hangs."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_distributed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -42,3 +43,31 @@ def test_a_rank_that_dies_is_named():
     outcomes = start_distributed(die_on_one, 2).join()
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert outcomes[0].error is not None
+
+
+class Hangs:
+    """Ends any process but the one it was made in, as soon as it is collected there."""
+
+    def __init__(self) -> None:
+        self.made_in = os.getpid()
+        self.itself = self  # only the collector finds it
+
+    def __del__(self) -> None:
+        if os.getpid() != self.made_in:
+            os._exit(3)
+
+
+def collect(rank, size):
+    gc.collect()
+    return rank
+
+
+def test_a_rank_does_not_collect_what_it_has_inherited():
+    kept = Hangs()
+    gc.disable()
+    try:
+        Hangs()
+        assert run_distributed(collect, 2) == [0, 1]
+    finally:
+        gc.enable()
+    assert kept.itself is kept
