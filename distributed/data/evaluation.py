@@ -8,6 +8,7 @@ from typing import Any
 
 from ...recipes.schema import Data, Source
 from . import counters
+from .ahead import look_ahead
 from .cache import BlockCache
 from .held_out import held_out
 from .index import Index
@@ -51,7 +52,8 @@ class EvalBatches:
         def keep(row: Mapping[str, Any]) -> bool:
             return held_out_fraction is None or held_out(row, held_out_fraction)
 
-        reader = LaneReader(order, blocks, stream=world_rank, rows=rows, keep=keep, max_epochs=Fraction(1))
+        look = look_ahead(encode, lambda block: rows.facts(block).info.format)
+        reader = LaneReader(order, blocks, stream=world_rank, rows=rows, keep=keep, max_epochs=Fraction(1), look=look)
         lanes = [Lane(ALL_SOURCES, reader, 1, True)]
         self._stream = LogicalStream(lanes, rows, data, encode, policies(index, data, [source]))
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,26 @@ from .sources import SourceInfo
 FORMAT_VERSION = 1
 
 BLOCK_COLUMNS = ("file", "start", "nbytes", "rows", "skip", "take")
+
+
+class BlockFacts(NamedTuple):
+    """What all rows of a block have in common. `columns`: (standard name, name in the file) of those that are read;
+    `number`: the block's in its file; `first_row`: number in the file of the block's first row; `skip`: rows before the
+    first used one."""
+
+    source: int
+    info: SourceInfo
+    columns: tuple[tuple[str, str], ...]
+    url: str
+    number: int
+    first_row: int
+    skip: int
+
+    def row_id(self, row: int) -> RowId:
+        """The name in reports and errors of a used row."""
+        row += self.skip
+        in_file = None if self.first_row == UNKNOWN_ROWS else self.first_row + row
+        return RowId(self.info.name, self.url, row, self.number, in_file)
 
 
 @dataclass(frozen=True)
@@ -126,14 +146,23 @@ class Index:
         take = int(self.block_take[block])
         return whole if take == ALL_ROWS else RowRange(whole, int(self.block_skip[block]), take)
 
+    def facts(self, block: int) -> BlockFacts:
+        """What all rows of a block have in common."""
+        file = int(self.block_file[block])
+        info = self.sources[int(self.file_source[file])]
+        return BlockFacts(
+            int(self.file_source[file]),
+            info,
+            info.named_columns,
+            self.files[file].url,
+            block - int(self.first_block[file]),
+            int(self.first_row[block]),
+            int(self.block_skip[block]),
+        )
+
     def row_id(self, block: int, row: int) -> RowId:
         """The name in reports and errors of a used row."""
-        file = int(self.block_file[block])
-        source = self.sources[int(self.file_source[file])]
-        row += int(self.block_skip[block])
-        first = int(self.first_row[block])
-        in_file = None if first == UNKNOWN_ROWS else first + row
-        return RowId(source.name, self.files[file].url, row, block - int(self.first_block[file]), in_file)
+        return self.facts(block).row_id(row)
 
     def place(self, block: int, row: int, decoded: Block) -> str:
         """The same for the row of an error, with its line in the file where the format has lines."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ...recipes.errors import UserError
 from ...recipes.methods.base import Rejected, Sample
 from ...recipes.schema import Data, Overlong, RowFormat, Source
+from .ahead import Drawn
 from .index import Index
-from .lanes import Drawn, RowReader
+from .lanes import RowReader
 from .pack import Address, Unit, Waiting, cuts, fit_together, piece, policy
 
 Encode = Callable[[Mapping[str, Any], RowFormat], Sample | Unit | Rejected]
@@ -36,23 +36,24 @@ class Intake:
 
     def source(self, block: int) -> str:
         """The name of a block's source."""
-        return self._rows.index.sources[self._source(block)].name
+        return self._rows.facts(block).info.name
 
     def encode(self, drawn: Drawn) -> Unit | Rejected:
         """A row's samples. Raises UserError that names a malformed row."""
-        row_id = self._rows.index.row_id(drawn.block, drawn.row)
+        facts = self._rows.facts(drawn.block)
         try:
-            encoded = self._encode(drawn.values, self._rows.index.sources[self._source(drawn.block)].format)
+            encoded = self._encode(drawn.values, facts.info.format)
         except ValueError as error:
             raise UserError(f"{self._rows.place(drawn)}: {error}") from error
         if isinstance(encoded, Rejected):
             return encoded
         samples = (encoded,) if isinstance(encoded, Sample) else encoded
-        return tuple(replace(sample, row=row_id) for sample in samples)
+        row_id = facts.row_id(drawn.row)
+        return tuple(Sample(sample.input_ids, sample.supervised, row_id) for sample in samples)
 
     def fit(self, unit: Unit, at: Address) -> list[Waiting] | Rejected:
         """What of a row's unit goes into sequences: all of it, or the tokens that the address names."""
-        overlong = self._overlong[self._source(at.block)]
+        overlong = self._overlong[self._rows.facts(at.block).source]
         if len(unit) > 1:
             together = fit_together(unit, self._sequence_length, overlong)
             return together if isinstance(together, Rejected) else [_waiting(together, at)]
@@ -77,9 +78,6 @@ class Intake:
                 f"refused now ({reason}). Tokenizer, template or method have changed."
             )
         return self.fit(unit, at)
-
-    def _source(self, block: int) -> int:
-        return int(self._rows.index.block_source[block])
 
 
 def _waiting(unit: Unit, at: Address) -> Waiting:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...recipes.errors import UserError
 from ...recipes.formats import REQUIRED
+from .ahead import Drawn, Look, one_by_one
 from .block import Block
 from .cache import BlockCache
 from .index import Index
 from .order import Int64s, LaneOrder, Segment, Slice, slice_rows
 
 Row = dict[str, Any]
+
+KNOWN_BLOCKS = 4096
+"""Blocks whose facts are at hand: more than the windows of a rank's streams hold, as a rule."""
 
 
 class Position(NamedTuple):
@@ -27,14 +33,6 @@ class Position(NamedTuple):
     slice: int = 0
     offset: int = 0
     kept_epoch: int = 0
-
-
-class Drawn(NamedTuple):
-    """A row and where it lies."""
-
-    block: int
-    row: int
-    values: Row
 
 
 class Window(NamedTuple):
@@ -56,23 +54,20 @@ class RowReader:
     def __init__(self, index: Index, cache: BlockCache) -> None:
         self.index = index
         self.cache = cache
+        self.facts = lru_cache(KNOWN_BLOCKS)(index.facts)
+        """What the rows of a block have in common; looked up for every row."""
 
     def values(self, decoded: Block, block: int, row: int) -> Row:
-        """One row. Raises UserError when a needed column is missing; a null is the method's to judge."""
-        source = self.index.sources[int(self.index.block_source[block])]
+        """One row: its needed columns, as far as they are there, under their standard names. Raises UserError when a
+        required one is missing; a null is the method's to judge."""
         try:
             raw = decoded.row(row)
         except ValueError as error:
             raise UserError(f"{self.index.place(block, row, decoded)}: {error}") from error
-        values = source.standard_row(raw)
-        for column in REQUIRED[source.format]:
-            if column not in values:
-                name = source.columns.get(column, column)
-                place = self.index.place(block, row, decoded)
-                raise UserError(
-                    f"{place}: no value for '{name}', which format {source.format} needs. "
-                    f"Columns there: {', '.join(raw)}."
-                )
+        columns = self.facts(block).columns
+        values = {standard: raw[name] for standard, name in columns if name in raw}
+        if len(values) < len(columns):
+            self._require(values, raw, block, partial(self.index.place, block, row, decoded))
         return values
 
     def place(self, drawn: Drawn) -> str:
@@ -82,6 +77,15 @@ class RowReader:
     def read(self, block: int, row: int) -> Drawn:
         """One row by its address."""
         return Drawn(block, row, self.values(self.cache.get(block), block, row))
+
+    def _require(self, values: Row, raw: Row, block: int, place: Callable[[], str]) -> None:
+        info = self.facts(block).info
+        for column in REQUIRED[info.format]:
+            if column not in values:
+                raise UserError(
+                    f"{place()}: no value for '{info.columns.get(column, column)}', which format {info.format} needs. "
+                    f"Columns there: {', '.join(raw)}."
+                )
 
 
 def bytes_of_epochs(order: LaneOrder, stream: int, epochs: Fraction) -> int:
@@ -94,9 +98,9 @@ def bytes_of_epochs(order: LaneOrder, stream: int, epochs: Fraction) -> int:
 class LaneReader:
     """One stream's way through one lane.
 
-    `block_ids` [blocks of the lane]: their numbers in the index. `max_epochs` None: for ever, unless no row was
-    kept for so many epochs that every segment must have come by. Of a part of an epoch the stream serves that part of
-    its segment's bytes, from the front of the shuffled order.
+    `block_ids` [blocks of the lane]: their numbers in the index. `look`: how its rows are looked at before they are
+    drawn. `max_epochs` None: for ever, unless no row was kept for so many epochs that every segment must have come by.
+    Of a part of an epoch the stream serves that part of its segment's bytes, from the front of the shuffled order.
     """
 
     def __init__(
@@ -108,12 +112,15 @@ class LaneReader:
         rows: RowReader,
         keep: Callable[[Row], bool],
         max_epochs: Fraction | None,
+        look: Look = one_by_one,
     ) -> None:
         self._order = order
         self._block_ids = block_ids
         self._stream = stream
         self._rows = rows
         self._keep = keep
+        self._look = look
+        self._looked_at: deque[Drawn] = deque()  # the next rows of the open window
         self._max_epochs = max_epochs
         self._whole_epochs = 0 if max_epochs is None else math.floor(max_epochs)
         self._total_bytes = 0 if max_epochs is None else bytes_of_epochs(order, stream, max_epochs)
@@ -128,6 +135,7 @@ class LaneReader:
         """Go on from there."""
         self.position = position
         self._window = self._segment = None
+        self._looked_at.clear()
         self._bytes_of_epochs = sum(self._order.segment_bytes(self._stream, epoch) for epoch in range(position.epoch))
 
     def draw(self) -> Drawn | None:
@@ -141,8 +149,7 @@ class LaneReader:
                 self._next_window(window)
                 continue
             drawn = self._take(window)
-            if self._keep(drawn.values):
-                self.position = self.position._replace(kept_epoch=self.position.epoch)
+            if drawn.kept:
                 return drawn
         return None
 
@@ -174,11 +181,20 @@ class LaneReader:
         return served
 
     def _take(self, window: Window) -> Drawn:
+        if not self._looked_at:
+            self._looked_at.extend(self._look(self._rows_of(window)))
+        drawn = self._looked_at.popleft()
+        epoch, piece, offset, kept_epoch = self.position
+        self.position = Position(epoch, piece, offset + 1, epoch if drawn.kept else kept_epoch)
+        return drawn
+
+    def _rows_of(self, window: Window) -> Iterator[Drawn]:
+        """What is left of a window."""
         offset = self.position.offset
-        place, row = int(window.place[offset]), int(window.row[offset])
-        self.position = self.position._replace(offset=offset + 1)
-        block = window.blocks[place]
-        return Drawn(block, row, self._rows.values(window.decoded[place], block, row))
+        for place, row in zip(window.place[offset:], window.row[offset:], strict=True):
+            block, number = window.blocks[place], int(row)
+            values = self._rows.values(window.decoded[place], block, number)
+            yield Drawn(block, number, values, self._keep(values))
 
     def _open_window(self) -> Window | None:
         """The window at the position, decoded; None at a segment's end. The one after it is asked for ahead."""

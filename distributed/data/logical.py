@@ -10,8 +10,9 @@ from ...recipes.errors import UserError
 from ...recipes.methods.base import Rejected, RowId, Sample
 from ...recipes.schema import Data, Overlong
 from . import counters
+from .ahead import Drawn
 from .intake import Encode, Intake
-from .lanes import Drawn, LaneReader, Position, RowReader
+from .lanes import LaneReader, Position, RowReader
 from .order import next_lane
 from .pack import Address, PackBuffer, Unit, Waiting, next_bin
 
@@ -195,6 +196,8 @@ class LogicalStream:
 
     def _count_fitted(self, drawn: Drawn, unit: Unit, fitted: Sequence[Waiting]) -> None:
         """What the length of a sequence did to a row. Samples and pieces predict all of their tokens but the first."""
+        if len(fitted) == 1 and fitted[0].samples is unit:
+            return  # most rows fit as they are
         name = self._intake.source(drawn.block)
         kept = [sample for waiting in fitted for sample in waiting.samples]
         lost = sum(len(sample) - 1 for sample in unit) - sum(len(sample) - 1 for sample in kept)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ...recipes.errors import UserError
 from ...recipes.methods.base import Batch, Rejected, RowId, Sample
 from ...recipes.schema import Data, Train
 from . import counters
+from .ahead import look_ahead
 from .cache import BlockCache
 from .index import Index
 from .intake import Encode, policies
@@ -195,12 +197,13 @@ class PartSpec:
         rows = RowReader(self.index, cache)
         plans = plan_lanes(self.index, self.data, self.train, self.share.num_streams)
         keep = keeper(self.data)
+        look = look_ahead(self.encode, lambda block: rows.facts(block).info.format)
+        lane_reader = partial(LaneReader, rows=rows, keep=keep, look=look)
         overlong = policies(self.index, self.data, self.data.train)
 
         def logical(number: int) -> LogicalStream:
             readers = [
-                LaneReader(plan.order, plan.block_ids, stream=number, rows=rows, keep=keep, max_epochs=plan.max_epochs)
-                for plan in plans
+                lane_reader(plan.order, plan.block_ids, stream=number, max_epochs=plan.max_epochs) for plan in plans
             ]
             lanes = [
                 Lane(plan.order.name, reader, plan.weight, plan.counted)

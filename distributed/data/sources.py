@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...recipes.errors import KeyedError
 from ...recipes.formats import standard_columns
@@ -33,14 +33,14 @@ class SourceInfo(NamedTuple):
     """Storage options that its files are read with."""
 
     @property
+    def named_columns(self) -> tuple[tuple[str, str], ...]:
+        """Standard names of the columns that are read, and their names in the files."""
+        return tuple((column, self.columns.get(column, column)) for column in standard_columns(self.format))
+
+    @property
     def file_columns(self) -> tuple[str, ...]:
         """The file's columns that are read."""
-        return tuple(self.columns.get(column, column) for column in standard_columns(self.format))
-
-    def standard_row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row's needed columns, as far as they are there, under their standard names."""
-        named = zip(standard_columns(self.format), self.file_columns, strict=True)
-        return {standard: row[column] for standard, column in named if column in row}
+        return tuple(name for _, name in self.named_columns)
 
 
 def find_files(source: Source, key: str) -> list[FileInfo]:

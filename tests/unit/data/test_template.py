@@ -307,3 +307,21 @@ def test_mistakes_are_named(folder, tmp_path):
     (tmp_path / "empty" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(str(tmp_path / "empty"))
+
+
+def test_texts_prepared_at_once_are_the_same(folder):
+    encoder, alone = load_tokenizer(folder()), load_tokenizer(folder())
+    texts = ["a model", "", "a model", "</s>", "dies", "x</s></s>"]
+    encoder.prepare(texts)
+    for text in [*texts, "never prepared"]:
+        for found, expected in zip(encoder.text(text), alone.text(text), strict=True):
+            assert found.tolist() == expected.tolist()
+            assert found.dtype == expected.dtype
+
+
+def test_half_a_character_is_refused_where_it_is_asked_for(folder):
+    encoder = load_tokenizer(folder())
+    encoder.prepare(["fine", "half \ud800"])
+    assert len(encoder.text("fine")[0]) > 1
+    with pytest.raises(ValueError, match="lone surrogate"):
+        encoder.text("half \ud800")
