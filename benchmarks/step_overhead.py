@@ -7,6 +7,7 @@ readers, for the whole benchmark and is frozen (SIGSTOP) while others have their
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,14 @@ CLAIM = (
     "0.9 at about 30 ms, and more than HF Trainer."
 )
 SIZES = {
-    300: Size(hidden=256, layers=6, vocab=4096, sequence=256, batch=1),
-    30: Size(hidden=128, layers=2, vocab=1024, sequence=128, batch=1),
+    "cpu": {
+        300: Size(hidden=256, layers=6, vocab=4096, sequence=256, batch=1),
+        30: Size(hidden=128, layers=2, vocab=1024, sequence=128, batch=1),
+    },
+    "cuda": {
+        300: Size(hidden=2048, layers=8, vocab=32_768, sequence=2048, batch=1),
+        30: Size(hidden=1024, layers=8, vocab=32_768, sequence=1024, batch=1),
+    },
 }
 TINY = Size(hidden=64, layers=1, vocab=128, sequence=32, batch=2)
 DROPPED = 20
@@ -40,22 +48,23 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of each step, and the processor time of all of them."""
+    """Seconds and tokens of each step (tokens: 0 where the side does not count them), and the processor time of all."""
 
     seconds: list[float]
+    tokens: list[int]
     cpu_s: float
 
 
 class Side:
     """A process that trains, frozen except in its turn."""
 
-    def __init__(self, name: str, folder: Path, size: Size, measured: int) -> None:
+    def __init__(self, name: str, folder: Path, device: str, size: Size, measured: int) -> None:
         here = Path(__file__).resolve().parent
         numbers = map(str, (size.batch, size.sequence, DROPPED, measured))
         self.name = name
         self._log = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, str(here / "step_sides.py"), name, str(folder), *numbers],
+            [sys.executable, str(here / "step_sides.py"), name, str(folder), device, *numbers],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -89,16 +98,21 @@ class Side:
         self._log.close()
 
 
-def calibrate(folder: Path, size: Size, target_s: float, seed: int) -> Size:
+def calibrate(folder: Path, device: str, size: Size, target_s: float, seed: int) -> Size:
     """The batch with which a step of the bare loop comes nearest to `target_s`, told by the fastest steps: others' work
     on a shared machine must not make the batch smaller."""
     write_inputs(folder, size, seed)
     seconds = {}
     for batch in (1, 4):
-        with contextlib.closing(Side("bare", folder, replace(size, batch=batch), 10)) as side:
+        with contextlib.closing(Side("bare", folder, device, replace(size, batch=batch), 10)) as side:
             seconds[batch] = min(side.turn().seconds)
     per_sequence = max(1e-6, (seconds[4] - seconds[1]) / 3)
     return replace(size, batch=max(1, round(1 + (target_s - seconds[1]) / per_sequence)))
+
+
+def sized(folder: Path, step_ms: int, options: argparse.Namespace) -> Size:
+    """What a step of so many milliseconds works on."""
+    return calibrate(folder, options.device, SIZES[options.device][step_ms], step_ms / 1000, options.seed)
 
 
 def write_inputs(folder: Path, size: Size, seed: int) -> None:
@@ -125,11 +139,13 @@ class Measured:
         return statistics.median(turn.seconds)
 
 
-def measure(folder: Path, size: Size, rounds: int, steps: int, title: str) -> Measured:
+def measure(
+    names: Sequence[str], folder: Path, device: str, size: Size, rounds: int, steps: int, title: str
+) -> Measured:
     """All sides of one setting."""
     measured = Measured()
     with contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(contextlib.closing(Side(name, folder, size, steps))) for name in SIDES]
+        sides = [stack.enter_context(contextlib.closing(Side(name, folder, device, size, steps))) for name in names]
         turns = {side.name: partial(measured.take_turn, side) for side in sides}
         measured.median = interleave(turns, rounds, title)
     return measured
@@ -154,7 +170,9 @@ def as_rate(tokens: int, seconds: Rounds) -> Rounds:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--step-ms", type=int, nargs="+", default=[300, 30], choices=sorted(SIZES))
+    parser.add_argument("--step-ms", type=int, nargs="+", default=[300, 30], choices=[300, 30])
+    parser.add_argument("--device", choices=sorted(SIZES), default="cpu", help="cuda: in bfloat16, on one GPU")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--turn-s", type=float, default=6.0, help="seconds of measured steps in a turn")
     options = parse(parser)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # frozen sides would outlive it
@@ -163,13 +181,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="step-overhead-") as place:
         for step_ms in [1] if options.quick else options.step_ms:
             folder = Path(place) / str(step_ms)
-            size = TINY if options.quick else calibrate(folder, SIZES[step_ms], step_ms / 1000, options.seed)
+            size = TINY if options.quick else sized(folder, step_ms, options)
             write_inputs(folder, size, options.seed)
             steps = 5 if options.quick else max(10, round(options.turn_s * 1000 / step_ms))
             title = "The smallest steps" if options.quick else f"Steps of about {step_ms} ms"
-            results += tables(title, size, measure(folder, size, options.rounds, steps, title))
+            measured = measure(options.sides, folder, options.device, size, options.rounds, steps, title)
+            results += tables(title, size, measured)
             settings[title] = {**asdict(size), "steps_a_turn": steps, "dropped_steps_a_turn": DROPPED}
-    write_results("step_overhead", options, CLAIM, results, settings)
+    name = "step_overhead" if options.device == "cpu" else f"step_overhead_{options.device}"
+    write_results(name, options, CLAIM, results, settings)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,17 @@ def write_text(path: Path, size: Size, rows: int, seed: int) -> Path:
     return path
 
 
+def write_documents(path: Path, size: Size, rows: int, words: int, seed: int) -> Path:
+    """JSON lines of documents of log-normal length, about `words` words in the median, at most a sequence."""
+    rng = random.Random(seed)
+    with path.open("w") as lines:
+        for _ in range(rows):
+            length = min(size.sequence - 1, max(2, int(rng.lognormvariate(0, 1) * words)))
+            text = " ".join(word(rng.randrange(1, size.vocab)) for _ in range(length))
+            lines.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
 def recipe(folder: Path, model: Path, text: Path, size: Size, **changes: Any) -> dict[str, Any]:
     """A recipe that trains on whole sequences of S tokens, B a step."""
     sections: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""A micro-batch on its way to the device, and the generator that its dropout is drawn from."""
+"""A micro-batch on its way to the device, and the generator that its dropout is drawn from.
+
+Shapes: B sequences, S tokens in a sequence, N samples.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ from .initialise import keyed_seed
 
 def on_device(batch: Batch, device: str) -> dict[str, Tensor]:
     """The tensors of a batch, each [B, S] int64. `position_ids` only where they restart: models count by themselves,
-    once for all sequences, and need not look for packed samples."""
+    once for all sequences, and need not look for packed samples. With them `sample_starts` [N + 1] int32: where each
+    of the N samples starts when the sequences lie end to end, and the end."""
     arrays = {"input_ids": batch.input_ids, "targets": batch.targets}
     if (batch.position_ids[:, 1:] == 0).any():
+        starts = np.flatnonzero(batch.position_ids.ravel() == 0)
         arrays["position_ids"] = batch.position_ids
+        arrays["sample_starts"] = np.append(starts, batch.position_ids.size).astype(np.int32)
     return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 

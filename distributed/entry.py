@@ -19,6 +19,7 @@ import torch
 
 from ..recipes.errors import FtlaunchError, Interrupted, UserError
 from ..recipes.load import LoadedRecipe, as_stored, load_recipe
+from ..recipes.methods.base import Method
 from ..recipes.methods.table import build_method
 from ..recipes.problems import Origin, located
 from ..recipes.redact import redact
@@ -33,11 +34,12 @@ from .evaluate import Evaluator
 from .group import Group
 from .indexing import accept_changed_data, same_sources
 from .loop import Run, train
+from .memory import within_memory
 from .metrics import Recorder
 from .model import BuiltModel, build_model
 from .model_files import ModelFolder, find_model, is_hub_id
 from .monitor import Monitor, PlainMonitor
-from .probes import check_packing, check_positions, choose_head
+from .probes import check_packing, check_positions, choose_attention, choose_head
 from .published import base_of, published_files, read_base
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
@@ -149,20 +151,13 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
             recorder.message(note)
     say("building the model")
     built = build_model(recipe, folder)
-    engine = prepare(built, recipe, world)
+    with within_memory(world, "laying out the model"):
+        engine = prepare(built, recipe, world)
     state = _load(recipe, built, engine, folder, attempt, group)
     extent, states = _where(state, data, recorder)
     stream = group.alike(lambda: data.training_stream(states), "continuing the training data")
     _probe(recipe, built, engine, group, recorder)
-    evaluator = Evaluator(
-        group=group,
-        method=method,
-        models=PolicyModel(engine.module),
-        engine=engine,
-        sets=data.eval_sets(),
-        early_stopping=recipe.evaluate.early_stopping,
-        recorder=recorder,
-    )
+    evaluator = _evaluator(recipe, group, method, engine, data, recorder)
     if state:
         evaluator.restore(state["evaluator"])
     published = group.alike(
@@ -195,6 +190,20 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
         monitor=job.monitor,
         recorder=recorder,
         extent=extent,
+    )
+
+
+def _evaluator(
+    recipe: Recipe, group: Group, method: Method, engine: Engine, data: RunData, recorder: Recorder | None
+) -> Evaluator:
+    return Evaluator(
+        group=group,
+        method=method,
+        models=PolicyModel(engine.module),
+        engine=engine,
+        sets=data.eval_sets(),
+        early_stopping=recipe.evaluate.early_stopping,
+        recorder=recorder,
     )
 
 
@@ -269,14 +278,17 @@ def _where(
 
 def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, recorder: Recorder | None) -> None:
     """The checks that need the real model, before anything is trained."""
-    text_config = built.config.get_text_config()
+    text_config, packing = built.config.get_text_config(), recipe.data.packing
     most = getattr(text_config, "max_position_embeddings", None)
     beyond = check_positions(built.loss_model.causal_lm, most, recipe.data.sequence_length)
+    attention = None
+    if packing and recipe.model.attention == "auto" and recipe.model.dtype == "bfloat16":
+        attention = choose_attention(engine.module, built.loss_model, group, recipe.data.sequence_length)
     head = choose_head(engine.module, built.loss_model, group, text_config.vocab_size, recipe.model.dtype)
     if recorder:
-        for note in filter(None, (beyond, head)):
+        for note in filter(None, (beyond, attention, head)):
             recorder.message(note, level="warning")
-    if recipe.data.packing:
+    if packing:
         check_packing(
             engine.module,
             group,

@@ -15,6 +15,7 @@ from ..recipes.schema import EarlyStopping
 from .batch import empty_batch, on_device
 from .data.parts import MicroBatch
 from .group import Group
+from .memory import within_memory
 from .metrics import Recorder
 from .strategies.base import Engine
 
@@ -63,7 +64,7 @@ class Evaluator:
             if not readers:
                 break
             batch = micro.batch if micro else empty_batch()
-            with torch.no_grad():
+            with torch.no_grad(), within_memory(self.group.world, f"evaluating {name!r}"):
                 terms = self.method.loss(self.models, on_device(batch, self.group.world.device))
             loss_sum += float(terms.loss_sum)
             weight += self.method.weight(batch)

@@ -17,7 +17,8 @@ from .data.parts import MicroBatch
 from .data.stream import StepBatches, Stream
 from .evaluate import Evaluator
 from .group import Group
-from .metrics import Recorder, Stopwatch, memory_bytes
+from .memory import memory_bytes, within_memory
+from .metrics import Recorder, Stopwatch
 from .monitor import Monitor
 from .saver import Saver
 from .schedule import Extent, is_bounded_by_data, learning_rate, progress
@@ -88,7 +89,8 @@ def _steps(run: Run) -> str:
             return "finished"
         after = run.extent.after(tokens=totals.num_tokens, served_bytes=totals.served_bytes)
         rate = learning_rate(run.recipe.train, run.extent, after, run.stream.total_bytes)
-        loss, norm = _optimizer_step(run, batches, totals, rate)
+        with within_memory(run.group.world, f"step {after.steps}"):
+            loss, norm = _optimizer_step(run, batches, totals, rate)
         run.extent = after
         _record(run, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
         if _is_due(run.recipe.evaluate.every_steps, after.steps):
@@ -168,14 +170,8 @@ def _optimizer_step(run: Run, batches: StepBatches, totals: StepTotals, rate: fl
 def _micro_batch(run: Run, micro: MicroBatch, weight: float, *, last: bool) -> Tensor:
     device = run.group.world.device
     seed_dropout(run.recipe.train.seed, run.extent.steps, micro.first_bin, device)
-    try:
-        terms = run.method.loss(run.models, on_device(micro.batch, device))
-        run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"step {run.extent.steps + 1}: rank {run.group.world.rank} is out of GPU memory: {error}. Lower "
-            "train.micro_batch_size or data.sequence_length, set train.activation_checkpointing, or use more GPUs."
-        ) from error
+    terms = run.method.loss(run.models, on_device(micro.batch, device))
+    run.engine.backward(terms.loss_sum, weight, last_micro_batch=last)
     return terms.loss_sum.detach()
 
 

@@ -39,6 +39,8 @@ class LossModel(nn.Module):
         # Held in a tuple so that it is not registered a second time beside peft's wrapper.
         self._causal_lm = (causal_lm,)
         self.use_own_head = False
+        self.knows_samples = False
+        """Whether attention is told where samples start (`varlen.py`)."""
 
     @property
     def causal_lm(self) -> Any:
@@ -60,17 +62,23 @@ def token_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
 def hidden_states(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The body's output [B, S, H]. Attention per packed sample follows from `position_ids` that restart; left out,
     they count through."""
-    body = self.causal_lm.base_model
-    output = body(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
+    output = self.causal_lm.base_model(**_inputs(self, batch))
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 def own_logits(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own logits [B, S, V], with whatever it scales or caps after the head."""
-    output = self.causal_lm(input_ids=batch["input_ids"], position_ids=batch.get("position_ids"), use_cache=False)
-    logits: Tensor = output.logits
+    logits: Tensor = self.causal_lm(**_inputs(self, batch)).logits
     return logits
+
+
+def _inputs(self: LossModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What transformers' models are called with."""
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids"), "use_cache": False}
+    if self.knows_samples and "sample_starts" in batch:
+        inputs["cu_seq_lens_q"] = batch["sample_starts"]
+    return inputs
 
 
 def own_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import psutil
-import torch
 
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import redact
@@ -20,7 +16,6 @@ from .attempt import Attempt
 from .data import counters
 from .monitor import Monitor
 from .run_directory import EventLog, RunDirectory
-from .world import World
 
 
 class Tracker(Protocol):
@@ -170,15 +165,3 @@ class Stopwatch:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
-
-
-def memory_bytes(world: World) -> int:
-    """Peak memory of this rank on its GPU, or its resident size on the CPU."""
-    if world.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(world.device)
-    return int(_this_process().memory_info().rss)
-
-
-@functools.cache
-def _this_process() -> psutil.Process:
-    return psutil.Process()  # reads when the process started, which is no work for every step

@@ -72,12 +72,12 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
     _refuse_quantized(folder.config)
     if recipe.model.init == "pretrained":
         _refuse_converted(model_type)
+    # `probes.choose_attention` may find better than sdpa.
+    attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
     try:
         config = AutoConfig.from_pretrained(folder.local_small_files)
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(
-                config, attn_implementation=recipe.model.attention, dtype=torch.float32
-            )
+            causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.path: transformers cannot build model type {model_type!r}: {error}") from error
     causal_lm.tie_weights()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes.errors import UserError
-from ..recipes.methods.base import IGNORED
+from ..recipes.methods.base import IGNORED, Batch
+from . import varlen
+from .batch import on_device
 from .group import Group
 from .initialise import keyed_seed
 from .loss_model import LossModel
@@ -21,6 +23,10 @@ below what a cap or a scale changes: that is of the order of the losses themselv
 AMPLIFICATION = 64.0
 """The head's input is scaled by this while losses are compared: a cap on the logits does nothing yet in a model that
 starts from small random weights, and would set in later. A power of two, so that it costs no precision."""
+
+ATTENTION_TOLERANCE = 5e-2
+"""Relative, of norms: kernels round otherwise in each layer, to 2^-8 in bfloat16; a wrong scale or a missing cap moves
+hidden states by their own size."""
 
 LEAK_TOLERANCE = 1e-5
 """Relative, in any dtype: masked positions contribute exact zeros, so the very same numbers are expected."""
@@ -58,6 +64,42 @@ def check_positions(causal_lm: Any, most: int | None, sequence_length: int) -> s
     if any(most <= table.num_embeddings <= most + 2 for table in tables):  # some families keep two rows for padding
         raise UserError(f"{text} (max_position_embeddings in config.json): it has no embeddings of more. Lower it.")
     return f"{text} (max_position_embeddings in config.json): quality suffers beyond, unless rope scaling covers it."
+
+
+def choose_attention(module: nn.Module, loss_model: LossModel, group: Group, sequence_length: int) -> str | None:
+    """Let packed samples be attended to by torch's variable-length attention where that serves: samples do not see each
+    other, and hidden states are those of sdpa. Returns what to tell the user. Collective."""
+    causal_lm, device = loss_model.causal_lm, group.world.device
+    if not varlen.may_serve(causal_lm, device, sequence_length):
+        return None
+    expected = _hidden_of_samples(module, loss_model, group)
+    varlen.register()
+    causal_lm.set_attn_implementation(varlen.NAME)
+    loss_model.knows_samples = True
+    try:
+        found = _hidden_of_samples(module, loss_model, group)
+        difference = float((found - expected).norm() / expected.norm())
+        vocabulary, refusal = causal_lm.config.get_text_config().vocab_size, f"hidden states differ by {difference:.1e}"
+        serves = difference <= ATTENTION_TOLERANCE and _leak(module, group, vocabulary, sequences=2) <= LEAK_TOLERANCE
+    except (TypeError, ValueError, RuntimeError) as error:  # a model that passes on less, or asks for more
+        serves, refusal = False, str(error)
+    if serves:
+        return None
+    causal_lm.set_attn_implementation("sdpa")
+    loss_model.knows_samples = False
+    return f"torch's variable-length attention does not serve this model ({refusal}); sdpa with masks is used."
+
+
+def _hidden_of_samples(module: nn.Module, loss_model: LossModel, group: Group) -> Tensor:
+    """Hidden states of two sequences, of three samples and of one."""
+    vocabulary = loss_model.causal_lm.config.get_text_config().vocab_size
+    input_ids = torch.randint(vocabulary, (2, LENGTH), generator=_generator())
+    several = torch.cat([torch.arange(length) for length in (5, LENGTH - 12, 7)])
+    batch = _batch(input_ids, torch.stack([several, torch.arange(LENGTH)]), torch.full_like(input_ids, IGNORED), group)
+    module.eval()
+    with torch.no_grad():
+        hidden: Tensor = module(batch, "hidden_states").float()
+    return hidden
 
 
 def check_packing(
@@ -103,8 +145,8 @@ def _generator() -> torch.Generator:
 
 
 def _batch(input_ids: Tensor, position_ids: Tensor, targets: Tensor, group: Group) -> dict[str, Tensor]:
-    tensors = {"input_ids": input_ids, "position_ids": position_ids, "targets": targets}
-    return {name: tensor.to(group.world.device) for name, tensor in tensors.items()}
+    batch = Batch(input_ids.numpy(), position_ids.numpy(), targets.numpy(), rows=(), num_tokens=input_ids.numel())
+    return on_device(batch, group.world.device)
 
 
 def _relative_difference(a: Tensor, b: Tensor) -> float:

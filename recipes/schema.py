@@ -33,8 +33,9 @@ class Model(Section):
     """`random` draws every weight from (train.seed, tensor name) and needs only config.json and a tokenizer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype and the dtype of the published weights. Trainable master weights are fp32 either way."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernels; sdpa ships with torch and runs everywhere."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernels. `auto`: sdpa, which ships with torch and runs everywhere; on CUDA, for packed samples, torch's
+    variable-length attention where that gives this model what sdpa gives it. `flash_attention_2` needs flash-attn."""
     tokenizer: str | None = None
     """Folder, URL or hub id of the tokenizer; None: the one beside the model."""
     chat_template: str | None = None

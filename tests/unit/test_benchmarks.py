@@ -13,10 +13,12 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
-    "step_overhead", "launch", "loss_memory", "packing", "order_scale", "stream", "stream_resume", "stream_memory",
+    "step_overhead", "launch", "loss_memory", "packing", "order_scale", "packed_attention", "stream", "stream_resume",
+    "stream_memory",
 )  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
+    "packed_attention": ["--device", "cpu"],
     "stream": ["--peers", "hf_datasets"],
     "stream_resume": ["--sides", "ours"],
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ftlaunch.distributed.metrics import TensorBoard, memory_bytes
+from ftlaunch.distributed.memory import memory_bytes
+from ftlaunch.distributed.metrics import TensorBoard
 from ftlaunch.distributed.world import World
 
 
