@@ -132,9 +132,11 @@ class Conversation:
         if begin is None:
             raise self._not_prefix_preserving(number, alone)
         turn = alone[begin:]
-        for written in (turn, turn.removesuffix(self._template.eos_token)):
-            if length := _same(text, start, written):
-                return start + length
+        # Line breaks that an answer begins with may be gone where it is the last (Qwen3).
+        for at in (start, _behind_space(text, start)):
+            for written in (turn, turn.removesuffix(self._template.eos_token)):
+                if length := _same(text, at, written):
+                    return at + length
         stem = LAST_TAG.sub("", turn)  # gpt-oss ends the last turn with another token than the turns before it
         tag = TAG.match(text, start + _same(text, start, stem))
         if tag is None or not stem or tag.start() == start:
@@ -218,6 +220,11 @@ def _shared(first: str, second: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
     return low
+
+
+def _behind_space(text: str, start: int) -> int:
+    """Where the white space at `start` of a text ends."""
+    return next((at for at in range(start, len(text)) if not text[at].isspace()), len(text))
 
 
 def _same(text: str, start: int, turn: str) -> int:
