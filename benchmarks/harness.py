@@ -35,6 +35,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the smallest setting, to see that it runs; one round")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     parser.add_argument("--seed", type=int, default=0, help="seed of models and data")
+    parser.add_argument("--commit", help="what is measured, where the code lies in no repository")
     return parser
 
 
@@ -133,13 +134,13 @@ def _provenance(about: Mapping[str, Any]) -> str:
     load = ", ".join(f"{value:.1f}" for value in about["load_average"])
     return (
         f"`{about['command']}` at {about['commit'][:12]}, {about['rounds']} rounds, seed {about['seed']}, "
-        f"{about['cores']} cores; load average at the end (1, 5, 15 minutes): {load}."
+        f"{about['cores']} cores{', ' + about['gpu'] if about['gpu'] else ''}; load average at the end (1, 5, 15 minutes): {load}."
     )
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": options.commit or _git("rev-parse", "HEAD"),
         "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") != "",
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,6 +148,7 @@ def _about(options: argparse.Namespace) -> dict[str, Any]:
         "quick": options.quick,
         "seed": options.seed,
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu_name() if getattr(options, "device", "cpu") == "cuda" else None,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": versions(),
@@ -163,6 +165,13 @@ def versions() -> dict[str, str]:
     """Of what is compared."""
     found = {distribution.name for distribution in importlib.metadata.distributions()}
     return {name: importlib.metadata.version(name) for name in PACKAGES if name in found}
+
+
+def gpu_name() -> str:
+    """The first GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(0)
 
 
 def _git(*words: str) -> str:
