@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlaunch.distributed.data import lines
+from ftlaunch.distributed.data import columnar, lines
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.cache import BlockCache
 from ftlaunch.distributed.data.changes import find_changes
@@ -162,6 +162,27 @@ def test_a_parquet_file_without_its_footer_is_named(tmp_path, damage):
     (tmp_path / "a.parquet").write_bytes(damage((tmp_path / "a.parquet").read_bytes()))
     with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file, or cut off"):
         index_of(tmp_path, format="text")
+
+
+@pytest.mark.parametrize("columns", [1, 400])
+def test_of_a_small_parquet_file_no_byte_is_read_twice(tmp_path, monkeypatch, columns):
+    table = pa.table({f"c{number}": ["x" * 40] for number in range(columns)} | {"text": ["y" * 100_000]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    ranges = []
+
+    def read(file, start, stop):
+        ranges.append((start, stop))
+        return path.read_bytes()[start:stop]
+
+    monkeypatch.setattr(columnar.storage, "read_file", read)
+    index = index_of(path, format="text")
+    footer = pq.read_metadata(path).serialized_size + 8
+    assert sum(stop - start for start, stop in ranges) == max(columnar.SMALL_FOOTER_BYTES, footer)
+    assert len(ranges) == (1 if footer <= columnar.SMALL_FOOTER_BYTES else 2)
+    ranges.clear()
+    assert rows_of(index) == [{"text": "y" * 100_000}]
+    assert all(stop <= path.stat().st_size - footer for _, stop in ranges), "the footer is known"
 
 
 def test_a_parquet_file_with_damaged_pages_is_named(tmp_path):
