@@ -81,4 +81,4 @@ class Intake:
 
 
 def _waiting(unit: Unit, at: Address) -> Waiting:
-    return Waiting(unit, at, sum(map(len, unit)))
+    return Waiting(unit, at, sum(map(len, unit)), at.saved())

@@ -18,7 +18,7 @@ from .ahead import Drawn, Look, one_by_one
 from .block import Block
 from .cache import BlockCache
 from .index import Index
-from .order import Int64s, LaneOrder, Segment, Slice, slice_rows
+from .order import WINDOW_BYTES, Int64s, LaneOrder, Segment, Slice, slice_rows
 
 Row = dict[str, Any]
 
@@ -127,6 +127,7 @@ class LaneReader:
         self._window: Window | None = None
         self._segment: Segment | None = None
         self._ahead: list[Future[Block]] = []
+        self._reads_ahead = True
         self._bytes_of_epochs = 0
         self.position = Position()
         self.streams = order.streams
@@ -137,6 +138,19 @@ class LaneReader:
         self._window = self._segment = None
         self._looked_at.clear()
         self._bytes_of_epochs = sum(self._order.segment_bytes(self._stream, epoch) for epoch in range(position.epoch))
+
+    def ask_first(self) -> None:
+        """Have the window at the position read, and until `ask_ahead` nothing that comes after it: the first rows of
+        all streams share the link with nothing else."""
+        self._reads_ahead = False
+        if self._max_epochs is None or self.position.epoch < self._max_epochs:
+            self._ahead = self._rows.cache.prefetch(*self._blocks(self._slices_from(self.position.slice, 1)))
+
+    def ask_ahead(self) -> None:
+        """Have what comes after the open window read, and from now on after each that is opened."""
+        self._reads_ahead = True
+        if self._window is not None:
+            self._ask_behind(self._window)
 
     def draw(self) -> Drawn | None:
         """The next row that is kept; None when the lane has ended for this stream."""
@@ -197,18 +211,45 @@ class LaneReader:
             yield Drawn(block, number, values, self._keep(values))
 
     def _open_window(self) -> Window | None:
-        """The window at the position, decoded; None at a segment's end. The one after it is asked for ahead."""
+        """The window at the position, decoded; None at a segment's end."""
         if self._window is not None:
             return self._window
+        segment, first = self._open_segment(), self.position.slice
+        if first >= len(segment):
+            return None
+        self._window = self._decode(segment, first)
+        if self._reads_ahead:
+            self._ask_behind(self._window)
+        return self._window
+
+    def _ask_behind(self, window: Window) -> None:
+        """Ask for twice what was served and opened up to here, so that reading ahead grows as windows do."""
+        first = self.position.slice
+        opened = self._bytes_of_epochs + self._open_segment().bytes_before(first) + window.nbytes
+        ahead = self._slices_from(first + window.slices, min(WINDOW_BYTES, 2 * opened))
+        self._ahead = self._rows.cache.prefetch(*self._blocks(ahead))
+
+    def _open_segment(self) -> Segment:
         if self._segment is None:
             self._segment = self._order.segment(self._stream, self.position.epoch)
-        first = self.position.slice
-        if first >= len(self._segment):
-            return None
-        self._window = self._decode(self._segment, first)
-        ahead = self._segment.window(first + self._window.slices)
-        self._ahead = self._rows.cache.prefetch(*self._blocks(ahead))
-        return self._window
+        return self._segment
+
+    def _slices_from(self, first: int, nbytes: int) -> list[Slice]:
+        """The slices of the windows from one on, into the next epoch, until they hold so many bytes."""
+        slices: list[Slice] = []
+        for window in self._windows_from(first):
+            slices += window
+            nbytes -= sum(piece.nbytes for piece in window)
+            if nbytes <= 0:
+                break
+        return slices
+
+    def _windows_from(self, first: int) -> Iterator[list[Slice]]:
+        """The windows that are left of this epoch, and those of the next."""
+        epoch = self.position.epoch + 1
+        yield from self._open_segment().windows(first)
+        if self._max_epochs is None or epoch < self._max_epochs:
+            yield from self._order.segment(self._stream, epoch).windows(0)
 
     def _blocks(self, slices: Sequence[Slice]) -> tuple[list[int], set[int]]:
         """The blocks of slices by their numbers in the index, and those of them that others serve a part of."""

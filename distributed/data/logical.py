@@ -16,7 +16,7 @@ from .lanes import LaneReader, Position, RowReader
 from .order import next_lane
 from .pack import Address, PackBuffer, Unit, Waiting, next_bin
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 NAMED_REJECTIONS = 8
 """Rejected rows that are named; all are counted."""
@@ -67,6 +67,16 @@ class LogicalStream:
         self.rejections: list[tuple[RowId, Rejected]] = []
         """Rejected rows since the caller last emptied this, the first `NAMED_REJECTIONS` of them."""
 
+    def ask_first(self) -> None:
+        """Have what the first bin needs read, and nothing else yet."""
+        for lane in self._lanes.values():
+            lane.reader.ask_first()
+
+    def ask_ahead(self) -> None:
+        """Have what later bins need read, now and from now on."""
+        for lane in self._lanes.values():
+            lane.reader.ask_ahead()
+
     def next_bin(self) -> Bin:
         """The next bin; empty once the stream has ended. The last ones may be partly filled."""
         if self._packing:
@@ -87,8 +97,8 @@ class LogicalStream:
             "lanes": {name: list(lane.reader.position) for name, lane in self._lanes.items()},
             "weights": self._weights(),
             "draws": dict(self._draws),
-            "buffer": [_saved(waiting.address) for waiting in self._buffer],
-            "pending": _saved(_rest(self._pending)) if self._pending else None,
+            "buffer": [waiting.saved for waiting in self._buffer],
+            "pending": _rest(self._pending).saved() if self._pending else None,
             "accepted_epoch": self._accepted_epoch,
             "served_bytes": self._served_bytes,
             "counters": counters.copy(self.counts),
@@ -103,14 +113,17 @@ class LogicalStream:
                 f"the saved data state is of version {state['version']} with lanes {', '.join(state['lanes'])}; this "
                 f"run has version {STATE_VERSION} with {', '.join(self._lanes)}. Begin a new run with --fresh."
             )
+        waiting = [address[0] for address in [*state["buffer"], state["pending"]] if address]
+        self._rows.cache.prefetch(waiting, waiting)
         for name, position in state["lanes"].items():
             self._lanes[name].reader.restore(Position(*position))
+        self.ask_first()
         self.counts = counters.copy(state["counters"])
         self._draws = self._restored_draws(state)
         self._buffer = PackBuffer()
         for address in state["buffer"]:
-            for waiting in self._again(address):
-                self._buffer.add(waiting)
+            for one in self._again(address):
+                self._buffer.add(one)
         self._pending = self._again(state["pending"]) if state["pending"] else []
         self._accepted_epoch = state["accepted_epoch"]
         self._served_bytes = state["served_bytes"]
@@ -221,11 +234,6 @@ class LogicalStream:
         now = max(now, self._served_bytes)
         served, self._served_bytes = now - self._served_bytes, now
         return served
-
-
-def _saved(address: Address) -> list[int]:
-    """As JSON has it; most units are whole."""
-    return list(address) if address.stop else [address.block, address.row]
 
 
 def _rest(pieces: Sequence[Waiting]) -> Address:

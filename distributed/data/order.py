@@ -7,6 +7,12 @@ holds the rows [ceil(lo n / b), ceil(hi n / b)), so every row is in exactly one 
 are shuffled within *windows* of consecutive slices. A position is (epoch, slice at which the window starts, offset in
 the window's shuffled rows); nothing else is needed to go on.
 
+No row of a window can be served before all of it is read. So in a lane's first epoch windows begin with one slice, grow
+with what lies behind them, and shrink again with what lies before them: a run begins after one block per stream, and
+one that a link holds up does not get half of its rows with the last byte. The price is that the rows at both ends of
+the first epoch are shuffled among fewer others; blocks are permuted all the same, and every step mixes all streams.
+Later epochs have full windows from the start, because those are read while the epoch before is still being served.
+
 Stream s reads segment (s + epoch) mod streams: where blocks are few, the cuts are the same in every epoch, and
 without the rotation a stream whose segment holds few or no rows would do so for ever.
 """
@@ -16,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,7 +37,7 @@ ROUNDS = 8
 """Feistel rounds; 4 make a pseudo-random permutation (Luby & Rackoff 1988), small domains want more."""
 
 WINDOW_BYTES = 8 * 2**20
-"""Stored bytes whose rows are shuffled together (at least one slice)."""
+"""Stored bytes whose rows are shuffled together (at least one slice), less at the ends of the first epoch."""
 
 MAX_DOMAIN = 2**62
 _MASK64 = 2**64 - 1
@@ -103,12 +109,14 @@ def slice_rows(piece: Slice, block_bytes: int, block_rows: int) -> range:
 class Segment:
     """The slices of one stream in one epoch of a lane. Slice i is found in O(1); bytes before it too."""
 
-    def __init__(self, blocks: Int64s, block_bytes: Int64s, begin: int, start: int, stop: int) -> None:
-        """`blocks`: in served order, those that overlap [start, stop); `begin`: where the first of them begins."""
+    def __init__(self, blocks: Int64s, block_bytes: Int64s, begin: int, start: int, stop: int, *, tapers: bool) -> None:
+        """`blocks`: in served order, those that overlap [start, stop); `begin`: where the first of them begins;
+        `tapers`: windows are small at both ends."""
         self._blocks = blocks
         self._begins = begin + np.concatenate([[0], np.cumsum(block_bytes)]).astype(np.int64)
         self._start = start
         self._stop = stop
+        self._tapers = tapers
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -127,13 +135,23 @@ class Segment:
         return min(max(int(self._begins[number]), self._start), self._stop) - self._start
 
     def window(self, first: int) -> list[Slice]:
-        """Consecutive slices from `first` on, until they hold WINDOW_BYTES."""
+        """Consecutive slices from `first` on, until they hold what a window that starts there should."""
         slices: list[Slice] = []
-        total = 0
-        while first + len(slices) < len(self) and (not slices or total < WINDOW_BYTES):
+        total, enough = 0, self._window_bytes(first)
+        while first + len(slices) < len(self) and (not slices or total < enough):
             slices.append(self[first + len(slices)])
             total += slices[-1].nbytes
         return slices
+
+    def windows(self, first: int) -> Iterator[list[Slice]]:
+        """All windows from the one on that starts at `first`."""
+        while first < len(self):
+            yield (window := self.window(first))
+            first += len(window)
+
+    def _window_bytes(self, first: int) -> int:
+        before = self.bytes_before(first)
+        return min(WINDOW_BYTES, before, (self.nbytes - before) // 2) if self._tapers else WINDOW_BYTES
 
 
 class LaneOrder:
@@ -167,7 +185,7 @@ class LaneOrder:
         last = int(np.searchsorted(ends, stop, side="left")) + 1 if stop > start else first
         blocks = order[first:last]
         begin = int(ends[first - 1]) if first else 0
-        return Segment(blocks, self._block_bytes[blocks], begin, start, stop)
+        return Segment(blocks, self._block_bytes[blocks], begin, start, stop, tapers=epoch == 0)
 
     def window_order(self, stream: int, epoch: int, first_slice: int, rows: int) -> Int64s:
         """The order in which the `rows` rows of a window are served."""
@@ -184,10 +202,11 @@ class LaneOrder:
         return number * self.nbytes // self.streams, (number + 1) * self.nbytes // self.streams
 
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s]:
-        """Blocks in served order and where each one ends, in bytes. Two epochs are kept: streams drift apart."""
+        """Blocks in served order and where each one ends, in bytes. Three epochs are kept: streams drift apart, and
+        read ahead."""
         with self._lock:
             if epoch not in self._layouts:
-                while len(self._layouts) > 1:
+                while len(self._layouts) > 2:
                     del self._layouts[next(iter(self._layouts))]
                 self._layouts[epoch] = self._lay_out(epoch)
             return self._layouts[epoch]

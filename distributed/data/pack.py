@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...recipes.errors import UserError
@@ -27,6 +27,10 @@ class Address(NamedTuple):
     start: int = 0
     stop: int = 0
 
+    def saved(self) -> list[int]:
+        """As JSON has it; most units are whole."""
+        return list(self) if self.stop else [self.block, self.row]
+
 
 class Waiting(NamedTuple):
     """A unit in the packing buffer."""
@@ -35,6 +39,8 @@ class Waiting(NamedTuple):
     address: Address
     length: int
     """Tokens of the unit."""
+    saved: Sequence[int] = ()
+    """Its address as JSON has it, made once: it is in the state of every step while the unit waits."""
 
 
 def policy(overlong: Overlong | None, row_format: RowFormat) -> Overlong:

@@ -103,12 +103,13 @@ class PartReader:
         self._collate = collate
         self._pad_to_full = pad_to_full
         self._bytes = (0, 0)
+        self._begun = False
         self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder")
 
     def next_part(self) -> Part:
         """The next step's part. Raises what reading or encoding raises."""
         share = self._share
-        drawn = list(self._pool.map(self._draw_bins, self._streams.values()))
+        drawn = self._draw() if self._begun else self._draw_first()
         numbered = [
             (number + place * share.num_streams, one)
             for number, bins in zip(self._streams, drawn, strict=True)
@@ -136,13 +137,25 @@ class PartReader:
         for number in self._streams:
             if str(number) not in states:
                 raise UserError(f"the saved data state knows {len(states)} streams, but not stream {number}")
-        for number, stream in self._streams.items():
-            stream.restore(states[str(number)])
+        list(self._pool.map(lambda number: self._streams[number].restore(states[str(number)]), self._streams))
 
     def close(self) -> None:
         """Stop reading."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._cache.close()
+
+    def _draw(self) -> list[list[Bin]]:
+        return list(self._pool.map(self._draw_bins, self._streams.values()))
+
+    def _draw_first(self) -> list[list[Bin]]:
+        """The first blocks of all streams are asked for before any stream waits for its own, and others after that."""
+        for stream in self._streams.values():
+            stream.ask_first()
+        drawn = self._draw()
+        for stream in self._streams.values():
+            stream.ask_ahead()
+        self._begun = True
+        return drawn
 
     def _draw_bins(self, stream: LogicalStream) -> list[Bin]:
         return [stream.next_bin() for _ in range(self._share.bins_per_stream)]

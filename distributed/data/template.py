@@ -114,7 +114,7 @@ class TextEncoder:
         ids = self._prepared.pop(text, None)
         if ids is None:
             ids, _ = self._ended_once(self._encode(text, add_special_tokens=True, offsets=False))
-        return ids, np.ones(len(ids), np.bool_)
+        return ids, _all_true(len(ids))
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Tokenise documents that `text` will soon be asked for. What it does not find it makes, the same."""
@@ -154,7 +154,7 @@ class TextEncoder:
         while last > first and ids[last - 1] == eos:
             last -= 1
         ids[last:] = (eos,)
-        return np.array(ids[first:] if first else ids, np.int32), slice(first, last)
+        return np.fromiter(ids[first:] if first else ids, np.int32, last + 1 - first), slice(first, last)
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
@@ -182,6 +182,14 @@ class TextEncoder:
             if text[slice(*offsets[end - 1])].strip():
                 break
         return len(ids)
+
+
+_TRUE = np.ones(2**14, np.bool_)
+_TRUE.flags.writeable = False  # documents share it
+
+
+def _all_true(length: int) -> npt.NDArray[np.bool_]:
+    return _TRUE[:length] if length <= len(_TRUE) else np.ones(length, np.bool_)
 
 
 def _ids(encoding: Encoding) -> npt.NDArray[np.int32]:

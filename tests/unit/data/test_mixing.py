@@ -163,7 +163,7 @@ def test_a_state_of_other_lanes_is_refused(tmp_path):
     run.step()
     states = run.states()
     run.close()
-    with pytest.raises(UserError, match="lanes \\*; this run has version 2 with s0, r1"):
+    with pytest.raises(UserError, match="lanes \\*; this run has version 3 with s0, r1"):
         Run(reweighted(case, 0.5, 0.5), 1, states).step()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import chain
+from unittest import mock
 
 import numpy as np
 from hypothesis import given, settings
@@ -79,16 +81,39 @@ def test_every_row_is_in_exactly_one_segment(sizes, streams, epoch, seed, shuffl
 def test_windows_cover_a_segment_in_order(monkeypatch):
     monkeypatch.setattr(order, "WINDOW_BYTES", 25)
     lane = LaneOrder("x", np.full(10, 10), streams=1, seed=0, shuffle=True)
-    segment = lane.segment(0, 0)
-    first, seen = 0, []
-    while first < len(segment):
-        window = segment.window(first)
-        assert len(window) == 3 or first + len(window) == len(segment)
-        seen += window
-        first += len(window)
-    assert seen == [segment[i] for i in range(10)]
+    segment = lane.segment(0, 1)
+    windows = list(segment.windows(0))
+    assert [len(window) for window in windows] == [3, 3, 3, 1]
+    assert list(chain(*windows)) == [segment[i] for i in range(10)]
     assert sorted(lane.window_order(0, 0, 0, 7).tolist()) == list(range(7))
     assert lane.window_order(0, 0, 0, 50).tolist() != lane.window_order(0, 1, 0, 50).tolist()
+
+
+def test_windows_of_the_first_epoch_are_small_at_its_ends(monkeypatch):
+    monkeypatch.setattr(order, "WINDOW_BYTES", 80)
+    lane = LaneOrder("x", np.full(60, 10), streams=1, seed=0, shuffle=True)
+    first, second = lane.segment(0, 0), lane.segment(0, 1)
+    grown = [1, 1, 2, 4, 8]
+    assert [len(window) for window in first.windows(0)] == [*grown, 8, 8, 8, 8, 6, 3, 2, 1]
+    assert [len(window) for window in second.windows(0)] == [8] * 7 + [4]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 100), st.integers(0, 2))
+def test_a_window_depends_on_where_it_starts_and_on_nothing_else(sizes, streams, most, epoch):
+    """So that a position goes on where it was, and every slice is in one window."""
+    lane = LaneOrder("x", np.array(sizes), streams=streams, seed=1, shuffle=True)
+    for stream in range(streams):
+        with mock.patch.object(order, "WINDOW_BYTES", most):
+            segment = lane.segment(stream, epoch)
+            windows = list(segment.windows(0))
+            assert list(chain(*windows)) == [segment[i] for i in range(len(segment))]
+            first = 0
+            for window in windows:
+                assert lane.segment(stream, epoch).window(first) == window
+                assert sum(piece.nbytes for piece in window[:-1]) < most
+                first += len(window)
+            assert epoch or not windows or len(windows[0]) == 1
 
 
 @given(st.lists(st.decimals("0.01", "50", places=2), min_size=1, max_size=6), st.integers(1, 400))
