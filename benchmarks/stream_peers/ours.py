@@ -19,10 +19,13 @@ from ftlaunch.distributed.row_encoder import EncoderSpec, open_encoder
 from ftlaunch.recipes.methods.table import build_method
 from ftlaunch.recipes.schema import Recipe
 
+ROW_TOKENS = 120
+"""Of a row on average: a packed batch holds about as many rows as a peer's."""
+
 
 def open_data(job: Job, state: Any) -> Opened:
     os.environ.update(AWS_ENDPOINT_URL=job.endpoint, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
-    batch = 8
+    batch = max(1, round(job.batch_rows * ROW_TOKENS / job.sequence_length))
     recipe = Recipe.model_validate(
         {
             "name": "bench",
