@@ -13,6 +13,7 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,13 @@ def tokens_per_s(side: Side) -> float:
     return statistics.median(tokens / seconds for tokens, seconds in zip(turn.tokens, turn.seconds, strict=True))
 
 
-def measure(folder: Path, device: str, size: Size, rounds: int, steps: int) -> Table:
+def measure(names: Sequence[str], folder: Path, device: str, size: Size, rounds: int, steps: int) -> Table:
     """All sides at one sequence length."""
     title = f"Sequences of {size.sequence} tokens, documents of {WORDS} in the median"
     with contextlib.ExitStack() as stack:
         sides = {
-            name: stack.enter_context(contextlib.closing(Side(side, folder, device, size, steps)))
-            for name, side in SIDES.items()
+            name: stack.enter_context(contextlib.closing(Side(SIDES[name], folder, device, size, steps)))
+            for name in names
         }
         rates = interleave({name: partial(tokens_per_s, side) for name, side in sides.items()}, rounds, title)
     return Table(title, "tokens/s", "mask", rates)
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--sequences", type=int, nargs="+", default=[4096, 16_384])
     parser.add_argument("--steps", type=int, default=10, help="measured steps in a turn")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options = parse(parser)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # frozen sides would outlive it
     tables = []
@@ -66,7 +68,7 @@ def main() -> None:
             folder.mkdir()
             write_model(folder / "model", size, options.seed)
             write_documents(folder / "text.jsonl", size, 256 if options.quick else 4096, WORDS, options.seed)
-            tables.append(measure(folder, options.device, size, options.rounds, options.steps))
+            tables.append(measure(options.sides, folder, options.device, size, options.rounds, options.steps))
     settings = {**asdict(whole), "device": options.device, "dropped_steps_a_turn": DROPPED, "steps": options.steps}
     write_results("packed_attention", options, CLAIM, tables, settings)
 
