@@ -82,7 +82,7 @@ def _in_chunks(
     supervised, labels = hidden[positions], targets[positions]
     losses = torch.empty_like(labels, dtype=torch.float32)
     of_supervised = torch.empty_like(supervised) if wanted[0] else None
-    of_weight = torch.zeros_like(weight) if wanted[1] else None
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     weights = None if upstream is None else upstream[positions]
     # Chunks share their memory: on the CPU, fresh pages cost a fifth of the time.
     buffer = weight.new_empty(min(rows, len(labels)), len(weight))
@@ -97,12 +97,20 @@ def _in_chunks(
         if of_supervised is not None:
             torch.mm(of_scores, weight, out=of_supervised[chunk])
         if of_weight is not None:
-            of_weight.addmm_(of_scores.t(), part)
+            _add_product_(of_weight, of_scores.t(), part)
     return _Made(
         losses.new_zeros(targets.shape).index_put_(positions, losses),
         None if of_supervised is None else torch.zeros_like(hidden).index_put_(positions, of_supervised),
-        of_weight,
+        None if of_weight is None else of_weight.to(weight.dtype),
     )
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a x b. In fp32: added up in bfloat16, many chunks would lose what each of them adds."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b))
 
 
 def _cross_entropy_(scores: Tensor, labels: Tensor) -> Tensor:

@@ -118,6 +118,20 @@ def test_a_plain_head_is_differentiated_with_its_loss(dtype, tolerance, rows, us
         assert relative(one, other) <= tolerance
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_many_chunks_lose_nothing_of_a_heads_gradient(rows):
+    """In bfloat16 a long sum stands still once its parts are below its rounding: 400 positions of one token are one."""
+    torch.manual_seed(0)
+    hidden = (1 + 0.1 * torch.randn(1, 400, 16)).bfloat16()
+    targets = torch.full((1, 400), 3)
+    head = nn.Linear(16, 33, bias=False, dtype=torch.bfloat16)
+    found = torch.autograd.grad(chunked_losses(hidden, head, targets, 33, rows * 4 * 33).sum(), head.weight)[0]
+    whole = head.weight.detach().float().requires_grad_()
+    losses = F.cross_entropy(F.linear(hidden.float(), whole)[0], targets[0], reduction="sum")
+    expected = torch.autograd.grad(losses, whole)[0]
+    assert relative(found, expected) <= 2**-8
+
+
 def test_a_summed_loss_makes_no_logits_in_backward(monkeypatch):
     """That is where the time goes; gradients that were handed out once are made again for who asks twice."""
     head, hidden = nn.Linear(24, 61, bias=False), torch.randn(3, 19, 24, requires_grad=True)
