@@ -138,6 +138,13 @@ class Handler(BaseHTTPRequestHandler):
         )
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+    """Connections that may wait to be accepted: of socketserver's own 5 the sixth at once waits a second to try again,
+    which no object store makes a client do."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="its folders are buckets")
@@ -146,8 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     Handler.root, Handler.link = options.root, Link(options.mb_per_s * 1e6)
     Handler.latency_s, Handler.counts = options.latency_ms / 1e3, {"requests": 0, "bytes": 0}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
 

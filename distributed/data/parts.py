@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -16,6 +15,7 @@ from ...recipes.schema import Data, Train
 from . import counters
 from .ahead import look_ahead
 from .cache import BlockCache
+from .drawing import Drawing
 from .index import Index
 from .intake import Encode, policies
 from .lane_plan import keeper, plan_lanes
@@ -27,9 +27,6 @@ from .share import Share
 Collate = Callable[[Sequence[Sequence[Sample]], int], Batch]
 States = Mapping[str, Mapping[str, Any]]
 """Stream's number -> its state."""
-
-ENCODERS = 4
-"""Streams that a reader reads and encodes at once; the tokenizer lets go of the interpreter lock."""
 
 LENGTH_MULTIPLE = 64
 """Sequences are padded to a multiple of this: few shapes for kernels and compilers, little waste."""
@@ -60,7 +57,7 @@ class Part(NamedTuple):
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:
     """Length of a batch: its longest bin, rounded up to `LENGTH_MULTIPLE`, at most `sequence_length`."""
-    longest = max((sum(map(len, samples)) for samples in bins), default=0)
+    longest = max((sum(len(sample.input_ids) for sample in samples) for samples in bins), default=0)
     return min(sequence_length, LENGTH_MULTIPLE * max(1, -(-longest // LENGTH_MULTIPLE)))
 
 
@@ -103,33 +100,33 @@ class PartReader:
         self._collate = collate
         self._pad_to_full = pad_to_full
         self._bytes = (0, 0)
-        self._begun = False
-        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder")
+        self._drawing = Drawing(self._streams, share.bins_per_stream)
 
     def next_part(self) -> Part:
         """The next step's part. Raises what reading or encoding raises."""
         share = self._share
-        drawn = self._draw() if self._begun else self._draw_first()
+        drawn = self._drawing.next_step()
         numbered = [
             (number + place * share.num_streams, one)
-            for number, bins in zip(self._streams, drawn, strict=True)
-            for place, one in enumerate(bins)
+            for number, stream in drawn.items()
+            for place, one in enumerate(stream.bins)
             if place % share.sharers == share.place
         ]
         micro_batches = self._micro_batches(numbered)
+        counted = drawn.values() if share.counts else ()
         return Part(
             micro_batches,
-            sum(one.served_bytes for bins in drawn for one in bins) if share.counts else 0,
-            counters.total(stream.counts for stream in self._streams.values()) if share.counts else {},
+            sum(one.served_bytes for stream in counted for one in stream.bins),
+            counters.total(stream.state["counters"] for stream in counted),
             sum(bool(one.samples) for _, one in numbered),
             sum(micro.batch.num_tokens for micro in micro_batches),
-            self._take_rejections(),
+            tuple(one for stream in counted for one in stream.rejections),
             *self._take_bytes(),
-            self.states(),
+            {str(number): stream.state for number, stream in drawn.items()},
         )
 
     def states(self) -> States:
-        """The streams' states as they are now, by number; about 1 KB each as JSON."""
+        """The streams' states before the first step, by number; about 1 KB each as JSON."""
         return {str(number): stream.state() for number, stream in self._streams.items()}
 
     def restore(self, states: States) -> None:
@@ -137,34 +134,12 @@ class PartReader:
         for number in self._streams:
             if str(number) not in states:
                 raise UserError(f"the saved data state knows {len(states)} streams, but not stream {number}")
-        list(self._pool.map(lambda number: self._streams[number].restore(states[str(number)]), self._streams))
+        self._drawing.restore(states)
 
     def close(self) -> None:
         """Stop reading."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._drawing.close()
         self._cache.close()
-
-    def _draw(self) -> list[list[Bin]]:
-        return list(self._pool.map(self._draw_bins, self._streams.values()))
-
-    def _draw_first(self) -> list[list[Bin]]:
-        """The first blocks of all streams are asked for before any stream waits for its own, and others after that."""
-        for stream in self._streams.values():
-            stream.ask_first()
-        drawn = self._draw()
-        for stream in self._streams.values():
-            stream.ask_ahead()
-        self._begun = True
-        return drawn
-
-    def _draw_bins(self, stream: LogicalStream) -> list[Bin]:
-        return [stream.next_bin() for _ in range(self._share.bins_per_stream)]
-
-    def _take_rejections(self) -> tuple[tuple[RowId, Rejected], ...]:
-        taken = tuple(one for stream in self._streams.values() for one in stream.rejections)
-        for stream in self._streams.values():
-            stream.rejections.clear()
-        return taken if self._share.counts else ()
 
     def _take_bytes(self) -> tuple[int, int]:
         """Bytes read and bytes needed since this was last asked; of ranks that share a stream one needs them."""
