@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import redact
-from ..recipes.schema import Recipe
+from ..recipes.schema import Recipe, Wandb
 from . import storage
 from .attempt import Attempt
 from .data import counters
@@ -48,17 +49,25 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run at Weights & Biases, continued by the next attempt of the same run."""
 
-    def __init__(self, recipe: Recipe, run_url: str) -> None:
-        import wandb
-
-        assert recipe.track.wandb is not None
-        self._run = wandb.init(
-            project=recipe.track.wandb.project,
-            entity=recipe.track.wandb.entity,
-            name=recipe.name,
-            id=hashlib.blake2b(run_url.encode(), digest_size=8).hexdigest(),
-            resume="allow",
-        )
+    def __init__(self, settings: Wandb, name: str, run_url: str) -> None:
+        """Raises UserError where the package is missing or W&B refuses."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("track.wandb: the package is not installed: pip install 'ftlaunch[wandb]'") from error
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=name,
+                id=hashlib.blake2b(run_url.encode(), digest_size=8).hexdigest(),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"track.wandb: {error}. Set WANDB_API_KEY, or WANDB_MODE=offline where W&B cannot be reached, or leave "
+                "track.wandb out."
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -139,7 +148,7 @@ def open_trackers(recipe: Recipe, run_url: str) -> tuple[Tracker, ...]:
     if recipe.track.tensorboard and storage.is_local(run_url):
         trackers.append(TensorBoard(storage.join(run_url, "tensorboard")))
     if recipe.track.wandb is not None:
-        trackers.append(WeightsAndBiases(recipe, run_url))
+        trackers.append(WeightsAndBiases(recipe.track.wandb, recipe.name, run_url))
     return tuple(trackers)
 
 
