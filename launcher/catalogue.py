@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 from ..recipes.errors import UserError
+from ..recipes.json_schema import schema_json
 
 EDITOR_HEADER = "yaml-language-server"
+SCHEMA_FILE = "recipe.schema.json"
+"""What the recipes' first line tells editors to complete them with."""
 
 
 def packaged_recipes() -> dict[str, str]:
@@ -35,6 +40,7 @@ def show_recipes(name: str | None, file: Path | None) -> int:
         print(text, end="")
         return 0
     _copy(text, file)
+    _write_schema(file.parent / SCHEMA_FILE)
     print(f"wrote {file}; next: set data.train in it to your own rows, then `ftlaunch check {file}` shows them")
     return 0
 
@@ -65,3 +71,10 @@ def _copy(text: str, file: Path) -> None:
         raise UserError(f"{file} exists and is not overwritten; choose another name") from error
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _write_schema(file: Path) -> None:
+    """Beside the recipe, where its first line looks for it; one that is there stays."""
+    if not file.exists():
+        with suppress(OSError):  # the recipe is there, and is as good without
+            file.write_text(json.dumps(schema_json(), indent=2) + "\n", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from mistakes import MISTAKES, prepare
 
 from ftlaunch.distributed import entry
+from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.launcher import cli
 
 
@@ -34,15 +36,15 @@ def test_the_answer_says_what_where_and_what_to_do(name, tmp_path, capsys, monke
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
-    mistake = MISTAKES["nan"]
-    arguments = prepare(mistake, tmp_path)
+    """The first step is saved, the second is refused: its rows are named and the checkpoint is whole."""
+    arguments = [*prepare(MISTAKES["nan"], tmp_path), "checkpoint.every_steps=1"]
     monkeypatch.chdir(tmp_path)
-    assert entry.main([*arguments, "train.learning_rate=1e-4", "train.max_steps=2"]) == 0
-    more = ["train.max_steps=9", "train.learning_rate=1e30"]
-    assert entry.main([*arguments, *more]) == 1  # refused: the rate is another one
-    assert "train.learning_rate" in capsys.readouterr().err
-    commits = sorted((tmp_path / "runs/tiny/commits").iterdir())
-    assert [json.loads(path.read_text())["step"] for path in commits] == [2]
+    assert entry.main(arguments) == 1
+    assert re.search(r"step 2: the loss is nan[\s\S]*chat.jsonl, .*row", capsys.readouterr().err)
+    (commit,) = (tmp_path / "runs/tiny/commits").iterdir()
+    kept = json.loads(commit.read_text())
+    assert kept["step"] == 1
+    assert verify_checkpoint(str(tmp_path / "runs/tiny" / kept["directory"])) == []
 
 
 def test_what_a_refusal_offers_is_understood_under_torchrun_too(tmp_path, capsys, monkeypatch):

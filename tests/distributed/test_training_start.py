@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ from harness import run_distributed
 from one_rank import Rank
 from tiny import recipe_for
 
+from ftlaunch.distributed.model import build_model
+from ftlaunch.distributed.model_files import find_model
 from ftlaunch.distributed.world import World
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.schema import Recipe
 
 Pieces = list[tuple[str, int, int, np.ndarray]]
 
@@ -54,3 +59,10 @@ def test_the_same_model_at_every_world_size(tmp_path, adapter, dtype):
             assert np.array_equal(values, reference[name]), f"{name} at {size} ranks, {strategy}"
     spreads = {name: values.std() for name, values in reference.items()}
     assert sum(spread > 0 for spread in spreads.values()) >= len(spreads) // 3
+
+
+def test_flash_attention_that_is_not_installed(tmp_path, monkeypatch):
+    recipe = Recipe.model_validate(recipe_for(tmp_path, model={"attention": "flash_attention_2"}))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(UserError, match=r"model\.attention: FlashAttention2 .*pip install flash-attn"):
+        build_model(recipe, find_model(recipe.model.path))

@@ -106,7 +106,7 @@ class RecordingSFTTrainer(Recording, SFTTrainer):
     pass
 
 
-def train_with_hf(model_folder: str, steps: list[StepBatches], output: Path) -> RecordingTrainer:
+def train_with_hf(model_folder: str, steps: list[StepBatches], output: Path, **more: Any) -> RecordingTrainer:
     """HF Trainer on our micro-batches, in our order."""
     micro_batches = [hf_inputs(micro) for step in steps for micro in step.micro_batches]
     arguments = TrainingArguments(
@@ -114,7 +114,7 @@ def train_with_hf(model_folder: str, steps: list[StepBatches], output: Path) -> 
         gradient_accumulation_steps=len(steps[0].micro_batches),
         max_steps=len(steps),
         remove_unused_columns=False,
-        **SHARED_ARGUMENTS,
+        **SHARED_ARGUMENTS | more,
     )
     trainer = RecordingTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
@@ -152,6 +152,25 @@ def test_hugging_face_trainer(tmp_path, group, packing, accumulation):
     for name, ours in rank.weights().items():
         change = (after[name] - before[name]).abs().max()
         assert (ours - after[name]).abs().max() <= UPDATE_TOLERANCE * change, name
+
+
+def test_clipping_is_the_trainers(tmp_path, group):
+    """The norm before it, and what the optimizer got: its first moment, a tenth of the clipped gradient."""
+    settings = recipe(tmp_path, packing=True, micro_batch_size=2)
+    settings["train"]["max_grad_norm"] = 0.05
+    steps = read_steps(settings, group, 1)
+    hf = train_with_hf(settings["model"]["path"], steps, tmp_path / "hf", max_grad_norm=0.05, logging_steps=1)
+    rank = Rank.build(settings)
+    rank.accumulate(steps[0])
+    norm = rank.engine.step()
+    assert norm == pytest.approx(hf.state.log_history[0]["grad_norm"], rel=TOLERANCE)
+    assert norm > 0.1, "there is something to clip"
+    moments = {name: hf.optimizer.state[p]["exp_avg"] for name, p in hf.model.named_parameters()}
+    ours = {one.spec.name: one.values.view(one.spec.shape) for one in rank.engine.fragments("exp_avg")}
+    assert ours.keys() == moments.keys()
+    assert sum(float(moment.square().sum()) for moment in moments.values()) ** 0.5 == pytest.approx(0.005, rel=1e-3)
+    for name, moment in moments.items():
+        assert relative(ours[name], moment) <= TOLERANCE, name
 
 
 @pytest.mark.parametrize("packing", [True, False])

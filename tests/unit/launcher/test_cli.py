@@ -84,6 +84,15 @@ def test_a_verb_may_come_after_options():
     assert arrange(words, cli.VERBS, Path()) == ["plan", "--nodes", "2", "--json", "r.yaml"]
 
 
+def test_options_before_a_verb_reach_it(capsys, place):
+    code, out, _ = run(capsys, "--nodes", "2", "--json", "plan", "bot.yaml", "train.max_steps=5")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["world"] == {**plan["world"], "nodes": 2, "ranks_per_node": 1}
+    assert plan["recipe"]["cluster"]["nodes"] == 2
+    assert plan["recipe"]["train"]["max_steps"] == 5
+
+
 def test_a_file_named_like_a_verb_can_be_run(place):
     (place / "plan").write_text("")
     assert arrange(["./plan"], cli.VERBS, place) == ["./plan"]
@@ -139,6 +148,8 @@ def test_recipes_are_listed_printed_and_copied_but_never_over_a_file(capsys, pla
     assert name in run(capsys, "recipes")[1]
     assert run(capsys, "recipes", name)[:2] == (0, text)
     assert run(capsys, "recipes", name, "mine.yaml")[0] == 0
+    assert (place / "mine.yaml").read_text().startswith("# yaml-language-server: $schema=./recipe.schema.json")
+    assert json.loads((place / "recipe.schema.json").read_text())["title"] == "Recipe"
     assert (place / "mine.yaml").read_text() == text
     code, _, err = run(capsys, "recipes", name, "bot.yaml")
     assert code == 1
