@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_stops_at_once(folder):
     command = started_at(directory, 1)
     processes = family(command)
     command.interrupt()
-    command.wait_until(lambda: "again: at once" in command.text)
+    assert command.wait_until(lambda: "again: at once" in command.text), command.text
     command.interrupt()
     assert command.wait() == 130, command.text
     assert_gone(processes)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_model, recipe_for
 from training import Trained, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ftlaunch.distributed.saver import load_parts
 from ftlaunch.distributed.world import World
@@ -63,6 +63,8 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_full_checkpoint_is_a_transformers_model(tmp_path, tied, dtype):
     make_model(tmp_path / "start", tie_word_embeddings=tied)
+    answering = {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2], "pad_token_id": 0}
+    GenerationConfig(**answering).save_pretrained(tmp_path / "start")
     settings = recipe(tmp_path, model={"path": str(tmp_path / "start"), "dtype": dtype})
     run = train(settings, SIZE)
     model, report = AutoModelForCausalLM.from_pretrained(run.checkpoint, output_loading_info=True)
@@ -75,6 +77,7 @@ def test_a_full_checkpoint_is_a_transformers_model(tmp_path, tied, dtype):
     torch.testing.assert_close(logits(model), engine_logits(settings, run), rtol=0, atol=tolerance)
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     assert (logits(start) - logits(model)).abs().max() > 10 * tolerance
+    assert {name: getattr(model.generation_config, name) for name in answering} == answering
     tokenizer = AutoTokenizer.from_pretrained(run.checkpoint)
     assert tokenizer.chat_template and tokenizer("alpha beta")["input_ids"]
 

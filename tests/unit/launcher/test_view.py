@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -107,6 +108,7 @@ def test_the_panel_shows_the_figures():
     text = output(screen)
     wanted = ["step 1", "25.0%", "1 h 02 min left", "2.5000", "1.000e-04", "12.3k", "3 GiB", "0.500", "a/loss 1.5000"]
     assert [part for part in wanted if part not in text] == []
+    assert re.search(r"saved +step 1\b", text)
 
 
 def test_before_the_first_step_the_panel_says_what_goes_on():
