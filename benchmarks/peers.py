@@ -13,7 +13,7 @@ from pathlib import Path
 PLACE = Path(sys.prefix) / "peers"
 PACKAGES = {
     "mosaic": ["mosaicml-streaming==0.13.*", "torch>=2.11,<2.14", "tokenizers", "pyarrow"],
-    "lit": ["litdata>=0.2.50", "torch>=2.11,<2.14", "tokenizers", "pyarrow", "boto3"],
+    "lit": ["litdata>=0.2.50", "zstd", "torch>=2.11,<2.14", "tokenizers", "pyarrow", "boto3"],
 }
 
 
