@@ -12,6 +12,7 @@ from harness import run_distributed
 from one_rank import Rank
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_model, recipe_for
 from training import Trained, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -126,3 +127,22 @@ def test_chosen_modules(tmp_path, target_modules):
     torch.testing.assert_close(logits(model), engine_logits(settings, run), rtol=0, atol=LOGIT_TOLERANCE)
     stored = load_file(run.checkpoint / "adapter_model.safetensors")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in stored} == set(target_modules)
+
+
+def test_tensorboard_shows_a_run_that_asks_for_nothing(tmp_path):
+    """Without `track:` in the recipe: every number of every step, and every evaluation."""
+    settings = recipe(tmp_path, evaluate={"at_start": True, "at_end": True})
+    del settings["track"]
+    run = train(settings, SIZE)
+    events = EventAccumulator(str(run.directory / "tensorboard")).Reload()
+    kinds = {"step": "train/", "evaluation": "eval/"}
+    wanted: dict[str, list[tuple[int, float]]] = {}
+    for line in run.lines:
+        values = line["losses"] if line["kind"] == "evaluation" else line
+        for name in values.keys() - {"kind", "step", "attempt"} if line["kind"] in kinds else ():
+            wanted.setdefault(kinds[line["kind"]] + name, []).append((line["step"], values[name]))
+    assert {"train/loss", "train/learning_rate", "eval/chats/loss"} <= wanted.keys()
+    assert set(events.Tags()["scalars"]) == wanted.keys()
+    for name, values in wanted.items():
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in values], name  # float32

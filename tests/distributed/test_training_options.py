@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,43 @@ def recipe(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 def weights(run: Trained) -> dict[str, torch.Tensor]:
     """The published tensors of a run's newest checkpoint."""
     return {name: value for file in run.checkpoint.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def evaluations(run: Trained) -> list[dict[str, float]]:
+    """Held-out losses, in the order in which they were measured."""
+    return [line["losses"] for line in run.lines if line["kind"] == "evaluation"]
+
+
+def test_a_run_of_so_many_tokens_with_wsd_and_two_held_out_sets(tmp_path):
+    most, peak = 4000, 3e-3
+    train_for = {"max_steps": None, "max_tokens": most, "lr_scheduler": "wsd", "decay_ratio": 0.5, "warmup_ratio": 0.25}
+    settings = recipe(tmp_path, "tokens", train=train_for, evaluate={"at_start": True, "at_end": True})
+    settings["data"]["eval"].append({"name": "texts", "path": str(tmp_path / "text.parquet"), "format": "text"})
+    run = train(settings, 2)
+    tokens = [0] + [step["tokens"] for step in run.steps]
+    assert len(run.steps) > 4 and tokens[-2] < most <= tokens[-1]
+    middles = [(before + min(after, most)) / 2 / most for before, after in itertools.pairwise(tokens)]
+    expected = [peak * min(1.0, middle / 0.25, (1.0 - middle) / 0.5) for middle in middles]
+    assert [step["learning_rate"] for step in run.steps] == pytest.approx(expected)
+    before, after = evaluations(run)
+    assert before.keys() == after.keys() == {"chats/loss", "texts/loss"}
+    assert all(after[name] < before[name] for name in before)
+    assert after["chats/loss"] != after["texts/loss"]
+
+
+def test_a_held_out_fraction_is_measured_and_left_out_of_every_pass(tmp_path):
+    """Of 60 rows about 45 are served in each of two passes, the same number in both, and the run ends with them."""
+    train_for = {"max_steps": None, "num_epochs": 2}
+    settings = recipe(tmp_path, "split", train=train_for, evaluate={"at_start": True, "at_end": True})
+    settings["data"] |= {"train": [{**settings["data"]["train"][0], "weight": None}], "eval": {"fraction": 0.25}}
+    run = train(settings, 2)
+    [counts] = [line["sources"] for line in run.lines if line["kind"] == "data"]
+    served, odd = divmod(counts["chat"]["rows"], 2)
+    assert 30 < served < 60 and not odd
+    before, after = evaluations(run)
+    assert before.keys() == {"chat/loss"}
+    assert after["chat/loss"] < before["chat/loss"]
+    assert run.steps[-1]["progress"] == 1.0
 
 
 def test_dropout_does_not_depend_on_the_layout(tmp_path):
