@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from .. import storage
-from .commit import CommitRecord, Report, commit_url, list_commits, ranked
+from .commit import CommitRecord, Report, commit_url, directory_problem, list_commits, ranked
 
 
 def steps_to_keep(records: Sequence[CommitRecord], *, keep_last: int, metric: str | None) -> set[int]:
@@ -30,12 +30,16 @@ def orphans(
 def apply_retention(
     run_url: str, *, keep_last: int, metric: str | None, attempt: int, alive: Collection[int], report: Report
 ) -> list[str]:
-    """Delete what need not stay; returns the names of the directories that went. For one rank only."""
+    """Delete what need not stay; returns the names of the directories that went. For one rank only.
+
+    Only what could be resumed counts as kept: records of damaged or deleted directories would push whole checkpoints
+    out. They stay as they are, for the user to look at."""
     names = storage.list_names(run_url)  # before the records: what is committed in between is not an orphan
     records = list_commits(run_url, report)
-    keep = steps_to_keep(records, keep_last=keep_last, metric=metric)
+    whole = [record for record in records if directory_problem(run_url, record) is None]
+    keep = steps_to_keep(whole, keep_last=keep_last, metric=metric)
     gone = orphans(names, records, attempt=attempt, alive=alive)
-    for record in records:
+    for record in whole:
         if record.step not in keep:
             storage.delete_tree(commit_url(run_url, record.step))
             gone.append(record.directory)

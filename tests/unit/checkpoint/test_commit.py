@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -170,6 +171,21 @@ def test_retention_deletes_record_and_directory(tmp_path):
     assert [record.step for record in list_commits(str(tmp_path), nothing_to_report)] == [10, 40]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["commits", "step-000010.a2", "step-000040.a2", "step-000050.a2", "step-000050.a3"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_checkpoints_that_are_gone_push_no_whole_one_out(tmp_path, keep_last):
+    """The user deleted the two newest, and the best, and the run went on from the one before them."""
+    for step in (800, 1000, 1200):
+        make(tmp_path, step, m=step / 1e6)
+    make(tmp_path, 700, m=0.0)
+    for step in (700, 1000, 1200):
+        shutil.rmtree(tmp_path / directory_name(step, 1))
+    make(tmp_path, 900, attempt=2, m=2.0)
+    apply_retention(str(tmp_path), keep_last=keep_last, metric="m", attempt=2, alive=set(), report=nothing_to_report)
+    said = []
+    assert latest(str(tmp_path), said.append).step == 900
+    assert best(str(tmp_path), "m", said.append).step == 800
 
 
 def test_a_crash_within_retention_leaves_no_commit_without_files(tmp_path, monkeypatch):
