@@ -76,27 +76,37 @@ def choose_attention(module: nn.Module, loss_model: LossModel, group: Group, seq
     varlen.register()
     causal_lm.set_attn_implementation(varlen.NAME)
     loss_model.knows_samples = True
-    try:
-        found = _hidden_of_samples(module, loss_model, group)
-        difference = float((found - expected).norm() / expected.norm())
-        vocabulary, refusal = causal_lm.config.get_text_config().vocab_size, f"hidden states differ by {difference:.1e}"
-        serves = difference <= ATTENTION_TOLERANCE and _leak(module, group, vocabulary, sequences=2) <= LEAK_TOLERANCE
-    except (TypeError, ValueError, RuntimeError) as error:  # a model that passes on less, or asks for more
-        serves, refusal = False, str(error)
-    if serves:
+    refusals = group.peers.gather(_refusal(module, loss_model, group, expected))
+    refusal = next(filter(None, refusals), None)
+    if refusal is None:
+        vocabulary = causal_lm.config.get_text_config().vocab_size
+        refusal = (
+            "packed samples see each other" if _leak(module, group, vocabulary, sequences=2) > LEAK_TOLERANCE else None
+        )
+    if refusal is None:
         return None
     causal_lm.set_attn_implementation("sdpa")
     loss_model.knows_samples = False
     return f"torch's variable-length attention does not serve this model ({refusal}); sdpa with masks is used."
 
 
-def _hidden_of_samples(module: nn.Module, loss_model: LossModel, group: Group) -> Tensor:
+def _refusal(module: nn.Module, loss_model: LossModel, group: Group, expected: Tensor) -> str | None:
+    """Why this rank cannot use the attention that is set, for training too; None: it can."""
+    try:
+        difference = float((_hidden_of_samples(module, loss_model, group) - expected).norm() / expected.norm())
+        _hidden_of_samples(module, loss_model, group, training=True)  # models may drop out attention only there
+    except (TypeError, ValueError, RuntimeError) as error:  # a model that passes on less, or asks for more
+        return str(error)
+    return f"hidden states differ by {difference:.1e}" if difference > ATTENTION_TOLERANCE else None
+
+
+def _hidden_of_samples(module: nn.Module, loss_model: LossModel, group: Group, *, training: bool = False) -> Tensor:
     """Hidden states of two sequences, of three samples and of one."""
     vocabulary = loss_model.causal_lm.config.get_text_config().vocab_size
     input_ids = torch.randint(vocabulary, (2, LENGTH), generator=_generator())
     several = torch.cat([torch.arange(length) for length in (5, LENGTH - 12, 7)])
     batch = _batch(input_ids, torch.stack([several, torch.arange(LENGTH)]), torch.full_like(input_ids, IGNORED), group)
-    module.eval()
+    module.train(training)
     with torch.no_grad():
         hidden: Tensor = module(batch, "hidden_states").float()
     return hidden

@@ -47,9 +47,15 @@ def varlen_attention(
     start when its sequences lie end to end, and the end; None: every sequence is one sample. Returns [B, S, H, D].
     Raises ValueError for what the kernels cannot compute.
     """
-    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
-    if unknown or dropout or attention_mask is not None or query.shape[-1] != value.shape[-1]:
-        raise ValueError(f"{type(module).__name__} asks for more than variable-length attention: {unknown or 'a mask'}")
+    wanted = {
+        **{name: others.get(name) is not None for name in _UNKNOWN},
+        "dropout": dropout > 0,
+        "a mask": attention_mask is not None,
+        "values of another size": query.shape[-1] != value.shape[-1],
+    }
+    if any(wanted.values()):
+        missing = ", ".join(name for name, is_wanted in wanted.items() if is_wanted)
+        raise ValueError(f"{type(module).__name__} needs {missing}")
     batch, _, length, _ = query.shape
     starts = cu_seq_lens_q
     if starts is None:
@@ -74,7 +80,7 @@ def register() -> None:
 
 def may_serve(causal_lm: Any, device: str, sequence_length: int) -> bool:
     """Whether it is worth a try for this model in bfloat16 (`probes.choose_attention` tries): on CUDA, with heads of a
-    size that the kernels have, no window that the sequence outgrows, and no dropout in the attention."""
+    size that the kernels have, and no window that the sequence outgrows."""
     config = causal_lm.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
@@ -83,6 +89,5 @@ def may_serve(causal_lm: Any, device: str, sequence_length: int) -> bool:
         device.startswith("cuda")
         and causal_lm._supports_flash_attn
         and size in HEAD_SIZES
-        and not getattr(config, "attention_dropout", None)
         and min(windows) >= sequence_length
     )

@@ -94,9 +94,9 @@ def test_starts_that_a_model_loses_on_the_way_are_noticed(group, monkeypatch):
     assert not model.knows_samples and model.causal_lm.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "bloom"])
+@pytest.mark.parametrize("model_type", ["gemma2", "bloom", "gpt2"])
 def test_models_that_need_more_than_it_computes_keep_sdpa(group, model_type):
-    """Gemma 2 caps its scores; BLOOM adds a bias to them."""
+    """Gemma 2 caps its scores, BLOOM adds a bias to them, GPT-2 drops some out while it trains."""
     model = random_model(model_type)
     choose_attention(model, model, group, 32)
     assert not model.knows_samples

@@ -36,6 +36,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "gpt_neox": {"rotary_pct": 0.5},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "mamba2": {"state_size": 8, "num_heads": 10, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
