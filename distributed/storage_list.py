@@ -76,7 +76,8 @@ def exists(url: str, retry: RetryPolicy = RETRY, *, options: str = NO_OPTIONS) -
     fs, path = filesystem(url, options)
 
     def look() -> bool:
-        if not path.startswith(("http://", "https://")):
+        # s3fs's `exists` says no whatever went wrong with a bucket, and fsspec's http whatever went wrong.
+        if "/" in path and not path.startswith(("http://", "https://")):
             return bool(fs.exists(path))
         try:
             _entry(fs, path)

@@ -39,13 +39,19 @@ def ask(place: str, look: Callable[[], T], options: str = storage.NO_OPTIONS) ->
     if storage.is_local(place):
         return look()
     try:
-        storage.exists(MAGIC.split(place)[0].rpartition("/")[0], QUICK, options=options)
+        storage.exists(_before_magic(place), QUICK, options=options)
     except FtlaunchError as error:
         return Unknown(first_line(error))
     try:
         return look()
     except InfrastructureError as error:
         return Unknown(first_line(error))
+
+
+def _before_magic(place: str) -> str:
+    """The place itself, or the folder in which a glob begins."""
+    before, *magic = MAGIC.split(place, maxsplit=1)
+    return before.rpartition("/")[0] if magic else place
 
 
 def first_line(error: FtlaunchError) -> str:

@@ -18,12 +18,14 @@ import pytest
 import s3fs
 from faulty_proxy import PASSING, REFUSALS, FaultyProxy
 from servers import moto_process
+from tiny import recipe_for, write_recipe
 
-from ftlaunch.distributed import storage, storage_retry, storage_throttle
+from ftlaunch.distributed import entry, storage, storage_retry, storage_throttle
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.changes import find_changes
 from ftlaunch.distributed.data.index import Index
 from ftlaunch.distributed.data.stream import open_stream
+from ftlaunch.launcher import cli
 from ftlaunch.launcher.plan_data import index_source
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.methods.base import RowId, Sample
@@ -297,11 +299,47 @@ def test_http_credentials_come_from_netrc(web, tmp_path, monkeypatch):
     assert all(b"\r\nauthorization: basic" in head.lower() for head in web.heads)
 
 
-def test_without_credentials_the_variables_are_named(s3, monkeypatch):
+@pytest.fixture
+def no_credentials(s3, monkeypatch):
+    """Nothing that a client would sign its requests with."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def recipe_over_the_bucket(folder: Path) -> str:
+    """Rows from `s3://acme/data`, everything else in `folder`."""
+    recipe = recipe_for(folder, train={"max_steps": 2})
+    recipe["data"] |= {"train": [{"path": "s3://acme/data", "format": "text"}], "eval": []}
+    return str(write_recipe(folder / "bucket.yaml", recipe))
+
+
+def test_a_plan_without_credentials_says_what_it_cannot_know(no_credentials, tmp_path, capsys):
+    path = recipe_over_the_bucket(tmp_path)
+    for place in ("s3://acme/data", "s3://acme/data/*.parquet", "s3://acme/*.parquet"):
+        assert cli.main(["plan", path, f"data.train.0.path={place}"]) == 0
+        found = " ".join(capsys.readouterr().out.split())
+        assert re.search(r"unknown: s3://acme(/data)?: no credentials", found), found
+    assert cli.main(["plan", path, "--strict"]) == 1
+    assert "no credentials" in capsys.readouterr().err
+
+
+def test_a_run_over_a_bucket_that_refuses_ends_with_the_remedy(s3, tmp_path, capsys):
+    path = recipe_over_the_bucket(tmp_path)
+    s3.rates = {"AccessDenied": 1.0}
+    s3.applies = lambda method, path: "list-type" in path or method == "HEAD"
+    for command in (entry.main, cli.main):
+        assert command([path]) == 1
+        said = capsys.readouterr()
+        assert re.search(r"s3://acme/data.*access denied.*allow to list", " ".join(said.err.split())), said
+        assert "Traceback" not in said.out + said.err
+    s3.applies = lambda method, path: method == "GET" and "list-type" not in path
+    assert entry.main([path, "name=reading"]) == 1
+    assert re.search(r"s3://acme/data/.*access denied.*AWS_ACCESS_KEY_ID", " ".join(capsys.readouterr().err.split()))
+
+
+def test_without_credentials_the_variables_are_named(no_credentials):
     with pytest.raises(UserError, match=r"s3://acme/data: no credentials.*AWS_ACCESS_KEY_ID.*anon: true"):
         build_index([Source(path="s3://acme/data", format="text")], ["s"])
     options = {"profile": "nobody"}
