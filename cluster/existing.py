@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.schema import RayCluster
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import quiet
+
+Resources = Mapping[str, float]
+"""Of one node, in Ray's terms."""
 
 
 class Existing:
@@ -30,7 +34,7 @@ class Existing:
         return Endpoint(address)
 
     def _check_room(self) -> None:
-        nodes = _alive_nodes()
+        nodes = nodes_for_ranks(_alive_nodes(), 1 if self._demand.uses_gpus else 0)
         if len(nodes) < self._demand.nodes:
             raise UserError(
                 f"cluster.nodes: {self._demand.nodes} nodes are asked for, the Ray cluster at {self._config.address} "
@@ -52,25 +56,43 @@ class Existing:
 
 @dataclass(frozen=True)
 class Offer:
-    """What every node of a cluster has at least."""
+    """What every node that ranks can run on has at least."""
 
     gpus_per_node: int
     cpus_per_node: int
 
 
 def ask(config: RayCluster) -> Offer:
-    """Look at a running cluster. Raises InfrastructureError if it does not answer."""
+    """Look at a running cluster. Raises InfrastructureError if it does not answer, and UserError if it has no node of
+    the kind that is asked for."""
     import ray
 
     _connect(config.address, {})
     try:
-        nodes = _alive_nodes()
+        every = _alive_nodes()
     finally:
         ray.shutdown()
+    nodes = nodes_for_ranks(every, config.gpus_per_node)
+    if not nodes:
+        has = ", ".join(f"{node.get('GPU', 0):g} GPUs and {node.get('CPU', 0):g} cores" for node in every)
+        raise UserError(
+            f"cluster.gpus_per_node: no node of the Ray cluster at {config.address} has "
+            f"{config.gpus_per_node or 'a core or'} GPUs; they have {has}."
+        )
     return Offer(
         gpus_per_node=int(min(node.get("GPU", 0) for node in nodes)),
         cpus_per_node=int(min(node.get("CPU", 0) for node in nodes)),
     )
+
+
+def nodes_for_ranks(nodes: Sequence[Resources], gpus_per_node: int | None) -> list[Resources]:
+    """Those of a cluster's nodes on which ranks can run: the ones with so many GPUs. None: the ones with any, or all
+    with cores where none has a GPU. A head, which often has neither, then decides nothing."""
+    if gpus_per_node is None:
+        gpus_per_node = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
+    return [
+        node for node in nodes if node.get("GPU", 0) >= gpus_per_node and (gpus_per_node or node.get("CPU", 0) >= 1)
+    ]
 
 
 def _connect(address: str, runtime_env: dict[str, Any]) -> str:
@@ -88,7 +110,7 @@ def _connect(address: str, runtime_env: dict[str, Any]) -> str:
     return found
 
 
-def _alive_nodes() -> list[dict[str, float]]:
+def _alive_nodes() -> list[Resources]:
     """Resources of each node that is up."""
     import ray
 

@@ -4,6 +4,7 @@ Ctrl-C on, and says how it ended."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import signal
 import sys
@@ -33,6 +34,13 @@ ENDING_S = 5.0
 """For the other ranks to end by themselves after one has told of a mistake."""
 
 TRAINER_IMPORTS = ("ray.train", "ftlaunch.launcher.ray_train_compat", "ftlaunch.launcher.worker")
+
+ROOM_POLLS = 50
+"""Without a word from the ranks, after which the user is told what the cluster is short of: 10 s."""
+
+MAX_STARTS = 15
+"""Tries to place the ranks, of a minute each while the cluster has no room for them; Ray's own way is to try for
+ever."""
 
 MAX_RESTARTS = 3
 """Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
@@ -92,6 +100,8 @@ class _Training:
     view: View
     error: BaseException | None = None
     _interrupts: int = 0
+    _begun: bool = False
+    """Whether a rank has said anything."""
     _control: Any = field(default=None)
 
     def run(self) -> Ending:
@@ -110,11 +120,13 @@ class _Training:
     def _watch(self, fit: threading.Thread) -> Ending | None:
         import ray
 
-        ending: Ending | None = None
-        while True:
+        for polls in itertools.count():
             fit.join(POLL_S)
+            if polls == ROOM_POLLS and not self._begun:
+                self._say_what_is_missing()
             over = not fit.is_alive()
             events, ending = ray.get(self._control.take.remote())
+            self._begun = self._begun or bool(events)
             for event in events:
                 self.view.update(event)
             if ending is not None and ending.outcome == "failed":
@@ -122,11 +134,27 @@ class _Training:
                 fit.join(ENDING_S)
                 over = True
             if over:
-                return ending
+                ended: Ending | None = ending
+                return ended
+        raise AssertionError("counting never ends")
+
+    def _say_what_is_missing(self) -> None:
+        """Ranks that find no room are tried again without a word."""
+        import ray
+
+        free = ray.available_resources()
+        short = [
+            f"{each * self.demand.ranks:g} {resource} (free: {free.get(resource, 0):g})"
+            for resource, each in self.demand.resources_per_rank.items()
+            if free.get(resource, 0) < each * self.demand.ranks
+        ]
+        if short:
+            text = f"waiting for room: {self.demand.ranks} ranks need {' and '.join(short)}; Ctrl-C gives up"
+            self.view.update({"kind": "message", "level": "warning", "text": text})
 
     def _on_interrupt(self) -> None:
         self._interrupts += 1
-        if self._interrupts > 1:
+        if self._interrupts > 1 or not self._begun:  # before the ranks are there, nothing is lost
             raise KeyboardInterrupt
         self.view.update({"kind": "message", "level": "warning", "text": "stopping after this step; again: at once"})
         self._control.request_stop.remote()
@@ -166,7 +194,7 @@ class _Training:
                 name=self.loaded.recipe.name,
                 # Ray Train's own state is of no use after this process; ours is in the run directory.
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=MAX_STARTS),
             ),
         )
 

@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -69,3 +70,30 @@ def test_without_the_token_nobody_gets_in(cluster, tmp_path):
     code, output = run(command(str(write_recipe(tmp_path / "tiny.yaml", recipe))), tmp_path, wrong)
     assert code == 2, output
     assert not (Path(tmp_path) / "runs/tiny/result.json").exists()
+
+
+HOLD = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(num_cpus=2)
+class Holder:
+    def here(self):
+        return True
+holder = Holder.remote()
+ray.get(holder.here.remote())
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_cluster_without_room_is_waited_for_and_says_so(cluster, tmp_path):
+    address, variables = cluster
+    other = Command([sys.executable, "-c", HOLD, address], tmp_path, variables)
+    assert other.wait_until(lambda: "held" in other.text), other.text
+    recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address, "processes_per_node": 2})
+    running = Command(command(str(write_recipe(tmp_path / "tiny.yaml", recipe))), tmp_path, variables)
+    said = "waiting for room: 2 ranks need 2 CPU (free: 1); Ctrl-C gives up"
+    assert running.wait_until(lambda: said in " ".join(running.text.split())), running.text
+    running.interrupt()
+    assert running.wait() == 130, running.text
+    other.kill()
