@@ -16,6 +16,7 @@ from . import storage
 from .attempt import Attempt
 from .data import counters
 from .monitor import Monitor
+from .pulse import Pulse
 from .run_directory import EventLog, RunDirectory
 
 
@@ -85,6 +86,7 @@ class Recorder:
     monitor: Monitor
     events: EventLog
     trackers: tuple[Tracker, ...]
+    pulse: Pulse
     secrets: tuple[str, ...] = ()
 
     @classmethod
@@ -92,7 +94,9 @@ class Recorder:
         """The recorder of an attempt, with the trackers that `track:` asks for."""
         run = attempt.run
         events = run.open_events(attempt.number, loaded.secrets)
-        recorder = cls(run, attempt.number, monitor, events, open_trackers(loaded.recipe, run.url), loaded.secrets)
+        trackers = open_trackers(loaded.recipe, run.url)
+        pulse = Pulse(run, attempt.number)
+        recorder = cls(run, attempt.number, monitor, events, trackers, pulse, loaded.secrets)
         for note in attempt.notes:
             recorder.message(note, level="warning")
         return recorder
@@ -112,7 +116,7 @@ class Recorder:
         self.run.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, **values})
         self.monitor.emit({"kind": "step", "step": step, **values})
         self._track(step, {f"train/{name}": value for name, value in values.items()})
-        self.run.heartbeat(self.attempt, step)
+        self.pulse.step = step
 
     def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         """Held-out losses were measured."""
@@ -136,6 +140,7 @@ class Recorder:
 
     def close(self) -> None:
         """Bring everything to storage."""
+        self.pulse.close()
         self.run.metrics.close()
         self.events.close()
         for tracker in self.trackers:

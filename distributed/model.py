@@ -80,9 +80,7 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
             causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, ImportError, KeyError) as error:
         if isinstance(error, ImportError) and attention == "flash_attention_2":
-            raise UserError(
-                f"model.attention: {error} It is in pip install flash-attn; auto needs none."
-            ) from error
+            raise UserError(f"model.attention: {error} It is in pip install flash-attn; auto needs none.") from error
         raise UserError(f"model.path: transformers cannot build model type {model_type!r}: {error}") from error
     causal_lm.tie_weights()
     causal_lm.config.use_cache = False

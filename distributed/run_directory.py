@@ -115,7 +115,6 @@ class RunDirectory:
     def __init__(self, url: str, now: Now = utc_now) -> None:
         self.url = url.rstrip("/")
         self._now = now
-        self._last_beat: datetime | None = None
 
     def path(self, *parts: str) -> str:
         """The URL of something in the directory."""
@@ -160,12 +159,9 @@ class RunDirectory:
             number += 1
 
     def heartbeat(self, attempt: int, step: int) -> None:
-        """Say that the attempt lives; to be called often, written at most every `HEARTBEAT_EVERY_S`."""
-        now = self._now()
-        if self._last_beat is None or (now - self._last_beat).total_seconds() >= HEARTBEAT_EVERY_S:
-            beat = {"at": now.isoformat(), "step": step}
-            storage.write_bytes(self.path("attempts", f"a{attempt}.heartbeat"), _to_json(beat))
-            self._last_beat = now
+        """Say that the attempt lives, and which step it took last; `pulse.Pulse` does so every `HEARTBEAT_EVERY_S`."""
+        beat = {"at": self._now().isoformat(), "step": step}
+        storage.write_bytes(self.path("attempts", f"a{attempt}.heartbeat"), _to_json(beat))
 
     def finish_attempt(self, attempt: int, outcome: Outcome, message: str = "") -> None:
         """Register how an attempt ended; the first word counts."""

@@ -7,20 +7,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
 
+from ftlaunch.distributed.pulse import Pulse
 from ftlaunch.distributed.run_directory import (
     HEARTBEAT_DEAD_S,
-    HEARTBEAT_EVERY_S,
     AttemptInfo,
     Process,
     RunDirectory,
 )
-from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.errors import InfrastructureError, UserError
 
 
 class Clock:
@@ -105,15 +106,32 @@ def test_an_older_attempt_that_lives_is_seen_behind_a_newer_one_that_ended(run):
     assert [attempt.number for attempt in run.live_attempts()] == [older]
 
 
-def test_heartbeats_are_written_seldom(run, clock, tmp_path):
+def test_an_attempt_beats_while_it_takes_no_step(run, tmp_path):
+    """Indexing, loading, saving: somebody on another host must not take it for dead."""
     path = tmp_path / "bot/attempts/a1.heartbeat"
-    run.heartbeat(1, step=1)
-    clock.advance(HEARTBEAT_EVERY_S - 1)
-    run.heartbeat(1, step=2)
-    assert json.loads(path.read_bytes())["step"] == 1
-    clock.advance(1)
-    run.heartbeat(1, step=3)
-    assert json.loads(path.read_bytes())["step"] == 3
+    pulse = Pulse(run, 1, every_s=0.001)
+    while not path.exists():
+        os.sched_yield()
+    pulse.step = 3
+    while json.loads(path.read_bytes())["step"] != 3:
+        os.sched_yield()
+    pulse.close()
+    assert not any(thread.name == "pulse" for thread in threading.enumerate())
+
+
+def test_a_beat_that_storage_refuses_is_followed_by_others(run, tmp_path, monkeypatch):
+    beats = []
+
+    def refuse_once(attempt, step):
+        beats.append(step)
+        if len(beats) == 1:
+            raise InfrastructureError("the disk is away")
+
+    monkeypatch.setattr(run, "heartbeat", refuse_once)
+    pulse = Pulse(run, 1, every_s=0.001)
+    while len(beats) < 2:
+        os.sched_yield()
+    pulse.close()
 
 
 def test_the_first_word_about_an_end_counts(run, tmp_path):
