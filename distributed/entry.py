@@ -81,16 +81,14 @@ def run_rank(job: Job) -> str:
     UserError or InfrastructureError, on every rank alike."""
     _set_determinism(job.loaded.recipe)
     job.monitor.emit({"kind": "phase", "phase": "connecting"})
-    group = groups.start(job.world, job.rendezvous)
-    try:
+    with groups.connected(job.world, job.rendezvous) as group:
         if job.flags and not group.from_main(partial(_trains, job, job.flags), "looking at the run"):
             return "finished"
         attempt = group.from_main(
             partial(begin_attempt, job.loaded, job.world.size, job.command), "opening the run directory"
         )
+        group.alike(partial(attempt.run.check_shared, attempt.number), "looking at the run directory")
         return _attempt(job, group, attempt)
-    finally:
-        groups.stop()
 
 
 def _trains(job: Job, flags: Flags) -> bool:
@@ -326,12 +324,13 @@ def _split_flags(arguments: Sequence[str]) -> tuple[Flags, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank under torchrun; the exit codes of the command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    world = World.from_torchrun(os.environ, num_gpus=torch.cuda.device_count())
-    monitor = PlainMonitor(speaks=world.is_main)
+    is_main = os.environ.get("RANK", "0") == "0"
+    monitor = PlainMonitor(speaks=is_main)
     monitor.install_signal_handlers()
     secrets: tuple[str, ...] = ()
     origins: Mapping[str, Origin] = {}
     try:
+        world = World.from_torchrun(os.environ, num_gpus=torch.cuda.device_count())
         flags, values = _split_flags(arguments)
         if not values:
             raise UserError("which recipe? torchrun … -m ftlaunch.distributed.entry recipe.yaml [key.sub=value …]")
@@ -339,11 +338,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         secrets, origins = loaded.secrets, loaded.origins
         run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=flags))
     except FtlaunchError as error:
-        if world.is_main:
+        if is_main:
             sys.stderr.write(f"{redact(located(error, origins), secrets)}\n")
         return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    groups.exit_process(main())

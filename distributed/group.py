@@ -7,10 +7,12 @@ rank is not mistaken for a hang of the training collectives.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,6 +103,32 @@ def stop() -> None:
     """Take the process groups down."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def connected(world: World, rendezvous: str) -> Iterator[Group]:
+    """The process groups of a run.
+
+    Those of several GPUs are left as they are when this rank fails: taking NCCL's down waits for its kernels, and those
+    wait for ranks that do not fail, so the reason would never be told. The end of the process takes them down.
+    """
+    group = start(world, rendezvous)
+    try:
+        yield group
+    except BaseException:
+        if world.size == 1 or world.device == "cpu":
+            stop()
+        raise
+    stop()
+
+
+def exit_process(code: int) -> NoReturn:
+    """End this process. Not by way of the interpreter where groups are left: their destructors would wait."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def cores() -> int:

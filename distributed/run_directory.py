@@ -158,6 +158,14 @@ class RunDirectory:
                 return number
             number += 1
 
+    def check_shared(self, attempt: int) -> None:
+        """Raises UserError on a rank that does not see what rank 0 has just written here."""
+        if not storage.exists(self.path("attempts", f"a{attempt}.json")):
+            raise UserError(
+                f"checkpoint.path: {self.url} on {socket.gethostname()} is not the folder that rank 0 writes to. Nodes "
+                "must share it: name a shared folder by its whole path, or an object store (s3://…)."
+            )
+
     def heartbeat(self, attempt: int, step: int) -> None:
         """Say that the attempt lives, and which step it took last; `pulse.Pulse` does so every `HEARTBEAT_EVERY_S`."""
         beat = {"at": self._now().isoformat(), "step": step}

@@ -6,6 +6,7 @@ import ast
 
 ALLOWED = {
     "launcher/cli.py": "the laptop's end: hands the environment to what it calls",
+    "launcher/hardware.py": "which of the machine's GPUs this process may use is said in a variable only",
     "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
     "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",

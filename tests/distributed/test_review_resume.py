@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from harness import RanksFailed, run_distributed
 from tiny import recipe_for
-from training import train
+from training import QuietMonitor, train
 
 from ftlaunch.distributed import entry, loop
 from ftlaunch.distributed import group as groups
@@ -20,6 +21,7 @@ from ftlaunch.distributed.data.stream import Stream
 from ftlaunch.distributed.run_directory import RunDirectory, utc_now
 from ftlaunch.distributed.world import World
 from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.load import LoadedRecipe
 from ftlaunch.recipes.schema import Recipe
 
 
@@ -114,3 +116,20 @@ def test_out_of_memory_on_one_rank_is_the_users_to_mend(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "on_device", full)
     with pytest.raises(RanksFailed, match=r"UserError: step 1: rank 1 is out of GPU memory.*micro_batch_size"):
         train(recipe_for(tmp_path, **shared), 2)
+
+
+def alone_in_a_folder(rank: int, size: int, recipe: Any, store: str, folders: list[str]) -> None:
+    os.chdir(folders[rank])
+    loaded = LoadedRecipe(Recipe.model_validate(recipe), "test.yaml", (), ())
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+    entry.run_rank(entry.Job(loaded, world, f"file://{store}", QuietMonitor(), ("test",)))
+
+
+def test_a_run_directory_that_nodes_do_not_share(tmp_path):
+    """A relative path means another folder on each node."""
+    recipe = recipe_for(tmp_path, checkpoint={"path": "runs"})
+    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    for folder in folders:
+        folder.mkdir()
+    with pytest.raises(RanksFailed, match=r"UserError: .*checkpoint.path: runs/tiny on .*not the folder that rank 0"):
+        run_distributed(alone_in_a_folder, 2, recipe, str(tmp_path / "store"), list(map(str, folders)), connect=False)
