@@ -6,12 +6,15 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from processes import environment, ftlaunch, run, torchrun
+from servers import moto_process
 from tiny import chat_rows, recipe_for, text_rows, write_jsonl, write_recipe
 from training import read_run
 
+from ftlaunch.distributed import entry
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.distributed.indexing import eval_index, train_index
@@ -92,6 +95,35 @@ def test_two_ranks_train_on_it(folder, prepared):
     )
     assert code == 0, said
     assert len(read_run(folder / "runs/on-tokens").losses) == 6
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> str:
+    """An empty one, for this process and those it starts."""
+    with moto_process(tmp_path) as port:
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="acme")
+        yield "s3://acme"
+
+
+def test_shards_in_a_bucket_give_the_same_losses_at_one_and_two_ranks(folder, bucket):
+    write_recipe(folder / "bucket.yaml", json.loads((folder / "recipe.yaml").read_text()))
+    code, said = run(ftlaunch("prepare", "bucket.yaml", "--to", f"{bucket}/shards"), folder)
+    assert code == 0, said
+    values = [str(folder / "bucket.prepared.yaml"), "train.num_epochs=null", "train.max_steps=6"]
+    code, said = run(torchrun(2, *values, "name=two"), folder)
+    assert code == 0, said
+    assert entry.main([*values, "name=one"]) == 0
+    one, two = (read_run(folder / "runs" / name) for name in ("one", "two"))
+    sources = load_recipe(folder / "bucket.prepared.yaml", environ={}).recipe.data.train
+    assert {(source.format, source.path.rpartition("/train/")[0]) for source in sources} == {
+        ("tokenized", f"{bucket}/shards")
+    }
+    assert [step["tokens"] for step in two.steps] == [step["tokens"] for step in one.steps]
+    assert two.losses == pytest.approx(one.losses, rel=1e-6)  # sums in another order
+    assert len(set(one.losses)) == 6
 
 
 def test_what_is_there_is_kept_and_what_is_missing_made(folder, prepared):
