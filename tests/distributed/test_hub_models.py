@@ -1,4 +1,4 @@
-"""A model that comes from a hub: real processes, the real hub client, a hub on loopback."""
+"""Models and data that come from a hub: real processes, the real hub client, a hub on loopback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hub import Hub, serving
 from processes import run, torchrun
-from tiny import make_model, make_tokenizer, recipe_for, write_recipe
-from training import read_run
+from tiny import make_model, make_tokenizer, recipe_for, text_rows, write_parquet, write_recipe
+from training import read_run, train_all
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,22 @@ def test_a_run_keeps_the_commit_it_began_on(hub: Hub, tmp_path):
     assert any(f"/resolve/{first}/" in path for path in hub.asked)
     assert not any("/revision/main" in path for path in hub.asked)
     assert len(read_run(directory).losses) == 3
+
+
+def test_a_run_trains_on_data_of_the_hub_as_on_the_same_files_here(hub: Hub, tmp_path):
+    recipe = recipe_for(tmp_path, train={"max_steps": 3}, checkpoint={"every_steps": None})
+    here = write_parquet(tmp_path / "train-0.parquet", text_rows(60))
+    recipe["data"] |= {"train": [{"path": str(here), "format": "text", "name": "texts"}], "eval": []}
+    [local] = train_all([{**recipe, "name": "here"}], 2)
+    commit = hub.push("acme/texts", {"data/train-0.parquet": here.read_bytes(), "data/test-0.parquet": b"never read"})
+    recipe["data"]["train"][0] |= {"path": "hub:acme/texts", "split": "train"}
+    home = {**hub.environment(tmp_path / "home"), "HF_DATASETS_OFFLINE": "0"}
+    code, output = run(torchrun(2, str(write_recipe(tmp_path / "texts.yaml", recipe))), tmp_path, home)
+    assert code == 0, output
+    by_name = read_run(tmp_path / "runs/tiny")
+    assert len(by_name.losses) == 3
+    assert by_name.losses == local.losses
+    assert any(f"/resolve/{commit}/data/train-0.parquet" in path for path in hub.asked)
 
 
 def test_what_is_not_on_the_hub_is_named(hub: Hub, tmp_path):
