@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -143,6 +144,11 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 256
     """Connections that may wait to be accepted: of socketserver's own 5 the sixth at once waits a second to try again,
     which no object store makes a client do."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Sides that have what they want leave in the middle of an answer; that is no news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def main() -> None:
