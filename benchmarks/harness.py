@@ -132,9 +132,10 @@ def write_results(
 
 def _provenance(about: Mapping[str, Any]) -> str:
     load = ", ".join(f"{value:.1f}" for value in about["load_average"])
+    machine = f"{about['cores']} cores" + (f", {about['gpu']}" if about["gpu"] else "")
     return (
-        f"`{about['command']}` at {about['commit'][:12]}, {about['rounds']} rounds, seed {about['seed']}, "
-        f"{about['cores']} cores{', ' + about['gpu'] if about['gpu'] else ''}; load average at the end (1, 5, 15 minutes): {load}."
+        f"`{about['command']}` at {about['commit'][:12]}, {about['rounds']} rounds, seed {about['seed']}, {machine}; "
+        f"load average at the end (1, 5, 15 minutes): {load}."
     )
 
 

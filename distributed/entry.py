@@ -79,7 +79,7 @@ class PolicyModel:
 def run_rank(job: Job) -> str:
     """Train as one rank of a run: "finished" or "stopped_early". Raises Interrupted after a requested stop, and
     UserError or InfrastructureError, on every rank alike."""
-    _set_determinism(job.loaded.recipe)
+    _set_variables(job.loaded.recipe)
     job.monitor.emit({"kind": "phase", "phase": "connecting"})
     with groups.connected(job.world, job.rendezvous) as group:
         if job.flags and not group.from_main(partial(_trains, job, job.flags), "looking at the run"):
@@ -301,7 +301,11 @@ def _announce(recorder: Recorder | None, kind: str, **fields: Any) -> None:
         recorder.events.record(kind, **fields)
 
 
-def _set_determinism(recipe: Recipe) -> None:
+def _set_variables(recipe: Recipe) -> None:
+    """What libraries take from variables, or keep for the process."""
+    # Readers tokenise in threads or processes of their own; threads of each of them beneath would fight for the cores
+    # (half as long again on two of them). A user's own setting stays.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if recipe.train.deterministic:
         # cuBLAS reads this when it is first used; without it deterministic matmuls are refused.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
