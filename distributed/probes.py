@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..recipes.errors import UserError
 from ..recipes.methods.base import IGNORED, Batch
-from . import varlen
 from .batch import on_device
 from .group import Group
 from .initialise import keyed_seed
@@ -69,6 +68,8 @@ def check_positions(causal_lm: Any, most: int | None, sequence_length: int) -> s
 def choose_attention(module: nn.Module, loss_model: LossModel, group: Group, sequence_length: int) -> str | None:
     """Let packed samples be attended to by torch's variable-length attention where that serves: samples do not see each
     other, and hidden states are those of sdpa. Returns what to tell the user. Collective."""
+    from . import varlen  # brings transformers' models along, which come with the model otherwise
+
     causal_lm, device = loss_model.causal_lm, group.world.device
     if not varlen.may_serve(causal_lm, device, sequence_length):
         return None
