@@ -156,7 +156,7 @@ def test_quickstart_whole(tmp_path):
     assert fall >= 0.3
     assert outcome.tuned.reloaded_loss == pytest.approx(end["task/loss"], rel=LOSS_TOLERANCE)
     # A model that ignored its prompt would not notice.
-    assert outcome.tuned.shuffled_loss > 1.1 * outcome.tuned.reloaded_loss
+    assert outcome.tuned.shuffled_loss > 1.25 * outcome.tuned.reloaded_loss
     assert difference <= LOGIT_TOLERANCE
 
 
