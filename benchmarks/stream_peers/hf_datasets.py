@@ -25,12 +25,11 @@ def open_data(job: Job, state: Any) -> Opened:
     )
     data = data.shuffle(seed=job.seed, buffer_size=job.shuffle_rows)
     data = data.map(tokenise, batched=True, batch_size=job.batch_rows, remove_columns=["text"])
-    data = data.batch(job.batch_rows)  # a state is that of the very object that is gone through
     if state is not None:
         data.load_state_dict(state)
 
     def batches() -> Iterator[list[list[int]]]:
-        for batch in data:
+        for batch in data.batch(job.batch_rows):
             yield batch["input_ids"]
 
     return Opened(batches(), data.state_dict)
