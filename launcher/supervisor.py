@@ -139,9 +139,13 @@ class _Training:
         raise AssertionError("counting never ends")
 
     def _say_what_is_missing(self) -> None:
-        """Ranks that find no room are tried again without a word."""
+        """Ranks that find no room are tried again without a word. Those that have it and are slow to start are not
+        meant: what they hold is not free either."""
         import ray
+        from ray.util import placement_group_table
 
+        if all(group["state"] != "PENDING" for group in placement_group_table().values()):
+            return
         free = ray.available_resources()
         short = [
             f"{each * self.demand.ranks:g} {resource} (free: {free.get(resource, 0):g})"
