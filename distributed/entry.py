@@ -26,6 +26,7 @@ from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from . import group as groups
 from . import storage
+from .adapter_start import start_adapter
 from .again import Flags, decide, gather
 from .attempt import Attempt, begin_attempt
 from .checkpoint.reader import CheckpointReader
@@ -245,7 +246,10 @@ def _load(
         load_parts(engine, directory, built.has_adapter)
         return read_state(directory), []
 
-    return group.act_and_sum(load, width=0, doing="loading weights")[0]
+    state = group.act_and_sum(load, width=0, doing="loading weights")[0]
+    if attempt.resume is None and built.has_adapter:
+        start_adapter(engine, built, recipe, CheckpointReader(folder.url), group)
+    return state
 
 
 def _where(

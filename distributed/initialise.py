@@ -80,22 +80,27 @@ def _check_set(module: nn.Module, tensors: Tensors, again: Tensors) -> None:
 
 
 def fill_adapter(loss_model: LossModel, names: Iterator[str], seed: int, fill: Fill) -> None:
-    """LoRA's start (Hu et al. 2021, section 4.1; peft's defaults): A uniform as `nn.Linear` draws it, B zero.
-    Modules that are trained whole start as copies and are filled with the base model's values elsewhere."""
+    """Draw an adapter. Modules that are trained whole start as copies and are filled with the base model's values
+    elsewhere, as is what starts from weights (`adapter_start.py`)."""
     parameters = dict(loss_model.named_parameters())
     for name in names:
-        if ".lora_" not in name:
-            continue
-        parameter = parameters[name]
-        whole = torch.zeros(parameter.shape)
+        if ".lora_" in name:
+            fill(parameters[name], drawn_adapter(name, tuple(parameters[name].shape), seed))
+
+
+def drawn_adapter(name: str, shape: tuple[int, ...], seed: int, init: str = "kaiming") -> Tensor:
+    """LoRA's start (Hu et al. 2021, section 4.1; peft's defaults): A uniform as `nn.Linear` draws it, or normal with a
+    spread of 1 / rank (`gaussian`), B zero."""
+    whole = torch.zeros(shape)
+    with drawn_from(keyed_seed(seed, name)):
         # An embedding's A starts at zero and its B is normal: the product has to start at zero either way.
-        if "lora_A" in name:
-            with drawn_from(keyed_seed(seed, name)):
-                nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+        if "lora_A" in name and init == "gaussian":
+            nn.init.normal_(whole, std=1 / shape[0])
+        elif "lora_A" in name:
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
         elif "lora_embedding_B" in name:
-            with drawn_from(keyed_seed(seed, name)):
-                nn.init.normal_(whole)
-        fill(parameter, whole)
+            nn.init.normal_(whole)
+    return whole
 
 
 def _drawn_module(loss_model: LossModel, module: nn.Module, seed: int, unset: int = 0) -> nn.Module:

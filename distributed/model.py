@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..recipes.errors import UserError
-from ..recipes.schema import Lora, Recipe
+from ..recipes.schema import Recipe
+from .adapter import adapt
 from .loss_model import LossModel
 
 if TYPE_CHECKING:
@@ -30,12 +31,13 @@ class BuiltModel:
 
     `published` maps a parameter's name inside `loss_model` to its name in checkpoint files, in checkpoint order; with
     an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
-    Tied parameters appear once.
+    `shapes` are those of whole parameters, which a strategy may hold flat. Tied parameters appear once.
     """
 
     loss_model: LossModel
     published: dict[str, str]
     base: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
     has_adapter: bool
 
     @property
@@ -45,13 +47,17 @@ class BuiltModel:
 
     def new_tensors(self) -> Iterator[str]:
         """Names of parameters that no folder holds: an adapter's."""
-        return (name for name, _ in self.loss_model.named_parameters() if name not in self.base)
+        return (name for name in self.shapes if name not in self.base)
+
+    def copied_from(self, name: str) -> str | None:
+        """For a copy that is trained whole beside an adapter: the stored name of what it starts as."""
+        return self.base[name.replace(".modules_to_save.default.", ".original_module.")] if is_copy(name) else None
 
 
 def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     """The recipe's model, frozen and adapted, without values. Raises UserError for what cannot be trained."""
     causal_lm = _structure(recipe, folder)
-    model = causal_lm if recipe.adapter is None else _adapt(causal_lm, recipe.adapter)
+    model = causal_lm if recipe.adapter is None else adapt(causal_lm, recipe.adapter)
     loss_model = LossModel(model, causal_lm)
     if recipe.model.train_layers:
         _train_only(loss_model, recipe.model.train_layers)
@@ -59,10 +65,10 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     if recipe.train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     has_adapter = recipe.adapter is not None
-    names = [name for name, _ in loss_model.named_parameters()]
-    base = {name: base_name(name) for name in names if not is_adapter_tensor(name)}
-    published = {name: adapter_name(name) for name in names if is_adapter_tensor(name)} if has_adapter else base
-    return BuiltModel(loss_model, published, base, has_adapter)
+    shapes = {name: tuple(parameter.shape) for name, parameter in loss_model.named_parameters()}
+    base = {name: base_name(name) for name in shapes if not is_adapter_tensor(name)}
+    published = {name: adapter_name(name) for name in shapes if is_adapter_tensor(name)} if has_adapter else base
+    return BuiltModel(loss_model, published, base, shapes, has_adapter)
 
 
 def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
@@ -108,34 +114,6 @@ def _refuse_converted(model_type: str | None) -> None:
         )
 
 
-def _adapt(causal_lm: Any, adapter: Lora) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    target: str | list[str] = (
-        adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
-    )
-    config = LoraConfig(
-        r=adapter.rank,
-        # peft types alpha as int; the ratio is what counts and floats work.
-        lora_alpha=int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=target,
-        modules_to_save=list(adapter.modules_to_save) or None,
-        task_type="CAUSAL_LM",
-    )
-    head = causal_lm.get_output_embeddings()
-    try:
-        adapted = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise UserError(f"adapter: {error}") from error
-    if causal_lm.config.get_text_config().tie_word_embeddings and causal_lm.get_output_embeddings() is not head:
-        raise UserError(
-            "adapter: this model's head is its embeddings (tie_word_embeddings), so it cannot be adapted or trained by "
-            "itself. Leave the head out of adapter.modules_to_save and adapter.target_modules."
-        )
-    return adapted
-
-
 def _train_only(loss_model: LossModel, patterns: tuple[str, ...]) -> None:
     unused = set(patterns)
     for name, parameter in loss_model.named_parameters():
@@ -161,7 +139,12 @@ def _set_dtypes(loss_model: LossModel, dtype: torch.dtype) -> None:
 
 def is_adapter_tensor(name: str) -> bool:
     """Whether a parameter of peft's wrapper belongs to the adapter."""
-    return ".lora_" in name or ".modules_to_save." in name
+    return ".lora_" in name or is_copy(name)
+
+
+def is_copy(name: str) -> bool:
+    """Whether a parameter belongs to a module that is trained whole beside the adapter."""
+    return ".modules_to_save." in name
 
 
 def base_name(name: str) -> str:
@@ -175,4 +158,5 @@ def base_name(name: str) -> str:
 
 def adapter_name(name: str) -> str:
     """A parameter's name in peft's files: without our wrapper and without the adapter's own name."""
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.removeprefix("model.").replace(".modules_to_save.default.", ".").replace(".default.", ".")

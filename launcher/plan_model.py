@@ -135,8 +135,10 @@ def adapter_tensors(lora: Lora, base: Sequence[TensorSpec]) -> list[TensorSpec]:
     for spec in targets:
         name = f"base_model.model.{spec.name.removesuffix('.weight')}"
         rows, columns = spec.shape
-        tensors.append(TensorSpec(f"{name}.lora_A.weight", (lora.rank, columns), spec.dtype))
-        tensors.append(TensorSpec(f"{name}.lora_B.weight", (rows, lora.rank), spec.dtype))
+        tensors.append(TensorSpec(f"{name}.lora_A.weight", (lora.stored_rank, columns), spec.dtype))
+        tensors.append(TensorSpec(f"{name}.lora_B.weight", (rows, lora.stored_rank), spec.dtype))
+        if lora.use_dora:
+            tensors.append(TensorSpec(f"{name}.lora_magnitude_vector", (rows,), spec.dtype))
     saved = [spec for spec in base if set(spec.name.split(".")) & set(lora.modules_to_save)]
     return tensors + [TensorSpec(f"base_model.model.{spec.name}", spec.shape, spec.dtype) for spec in saved]
 
@@ -147,6 +149,8 @@ def _is_target(lora: Lora, spec: TensorSpec) -> bool:
     module = spec.name.removesuffix(".weight")
     if isinstance(lora.target_modules, tuple):
         return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
+    if lora.target_modules != "all-linear":
+        return re.fullmatch(lora.target_modules, module) is not None
     return not EMBEDDINGS.search(module) and not HEADS.search(spec.name)
 
 

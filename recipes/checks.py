@@ -5,6 +5,7 @@ A rule yields problems keyed by where the user would mend them. It runs only whe
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from .schema import EvalSplit, Lora, Recipe, Source
 _LOW_ADAPTER_RATE = 5e-5
 _HIGH_FULL_RATE = 2e-4
 _DEFAULT_DECAY_RATIO = 0.2
+_NAMES = re.compile(r"[\w\s,-]+")
 
 
 class Check(NamedTuple):
@@ -125,6 +127,35 @@ def adapter_on_pretrained(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("adapter", "an adapter on a randomly initialised model", remedy)
 
 
+def target_spelling(recipe: Recipe) -> Iterator[Problem]:
+    """A single text is a regular expression: it must be one, and a module's bare name would fit no whole name."""
+    if recipe.adapter is None or not isinstance(targets := recipe.adapter.target_modules, str):
+        return
+    key = "adapter.target_modules"
+    try:
+        re.compile(targets)
+    except re.error as error:
+        yield Problem(key, f"not a regular expression: {error}", "write all-linear, or a list as [q_proj, v_proj]")
+        return
+    if _NAMES.fullmatch(targets) and targets != "all-linear":
+        names = ", ".join(re.split(r"[\s,]+", targets))
+        message = "a text is a regular expression for whole names of modules, and this one fits none"
+        yield Problem(key, message, f"write a list, [{names}], or all-linear")
+
+
+def adapter_within_the_weights(recipe: Recipe) -> Iterator[Problem]:
+    """What starts as the principal part of the weights must not be dropped or decayed: that would undo the model."""
+    adapter = recipe.adapter
+    if adapter is None or not adapter.starts_within:
+        return
+    if adapter.dropout:
+        message = f"with init: {adapter.init} dropout would drop principal parts of the model itself"
+        yield Problem("adapter.dropout", message, "leave it out, or take init: kaiming")
+    if recipe.train.weight_decay:
+        message = f"with adapter.init: {adapter.init} decay would pull principal parts of the model itself to zero"
+        yield Problem("train.weight_decay", message, "leave it out, or take adapter.init: kaiming")
+
+
 def early_stopping_metric(recipe: Recipe) -> Iterator[Problem]:
     """The metric must be the loss of an eval set that exists."""
     stopping = recipe.evaluate.early_stopping
@@ -196,6 +227,8 @@ CHECKS: tuple[Check, ...] = (
     Check(micro_batch_within_global, ("train",)),
     Check(layers_without_adapter, ("model", "adapter")),
     Check(adapter_on_pretrained, ("model", "adapter")),
+    Check(target_spelling, ("adapter",)),
+    Check(adapter_within_the_weights, ("adapter", "train")),
     Check(early_stopping_metric, ("evaluate", "data")),
     Check(early_stopping_needs_steps, ("evaluate",)),
     Check(evaluation_has_data, ("evaluate", "data")),

@@ -16,7 +16,10 @@ _PACKING = ("data.packing", "several samples in one sequence, which never see ea
 _LORA_RANK = ("adapter.rank", "with adapter: {type: lora}")
 _LORA_ALPHA = ("adapter.alpha", "with adapter: {type: lora}")
 _LORA_DROPOUT = ("adapter.dropout", "with adapter: {type: lora}")
-_LORA_TARGETS = ("adapter.target_modules", "all-linear, or a list of module names")
+_LORA_TARGETS = ("adapter.target_modules", "all-linear, a list of module names, or a regular expression")
+_LORA_INIT = ("adapter.init", "kaiming, gaussian, pissa, pissa_niter_4, pissa_niter_16 or olora")
+_DORA = ("adapter.use_dora", "with adapter: {type: lora}")
+_RSLORA = ("adapter.use_rslora", "with adapter: {type: lora}")
 _DTYPE = ("model.dtype", "bfloat16 or float32")
 _OUTPUT = ("checkpoint.path", "the run's directory is PATH/NAME")
 _DATA = ("data.train", "a list of sources: - {path: …, format: chat | prompt_completion | text}")
@@ -108,6 +111,16 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "lora_target_modules": _LORA_TARGETS,
     "lora_target_linear": _LORA_TARGETS,
     "lora_attn_modules": _LORA_TARGETS,
+    "init_lora_weights": _LORA_INIT,
+    "peft_init_lora_weights": _LORA_INIT,
+    "pissa_init": _LORA_INIT,
+    "pissa_iter": _LORA_INIT,
+    "dora": _DORA,
+    "lora_use_dora": _DORA,
+    "peft_use_dora": _DORA,
+    "rslora": _RSLORA,
+    "lora_use_rslora": _RSLORA,
+    "peft_use_rslora": _RSLORA,
     "lora_modules_to_save": ("adapter.modules_to_save", "modules trained in full"),
     "peft": ("adapter", "{type: lora, rank: 16, alpha: 32}"),
     "peft_config": ("adapter", "{type: lora, rank: 16, alpha: 32}"),

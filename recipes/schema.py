@@ -54,12 +54,34 @@ class Lora(Section):
     """Rank of the update; 16 is the usual start."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank; 2 x rank is the usual start."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732): so that a high rank, 64 and
+    more, learns as fast as a low one."""
+    use_dora: bool = False
+    """Train the length of each weight row apart from its direction (DoRA, Liu et al. 2024, arXiv:2402.09353): often
+    better at a low rank, and slower."""
+    init: Literal["kaiming", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "kaiming"
+    """Where the adapter starts. `kaiming` and `gaussian`: A drawn, B zero. `pissa`: the principal singular vectors of
+    the weights (Meng et al. 2024, arXiv:2404.02948), exact, or found by 4 or 16 rounds of subspace iteration, which
+    takes a small part of the time. `olora`: an orthonormal basis of them (Büyükakyüz 2024,
+    arXiv:2406.01775). What is saved is a plain adapter of twice the rank on the model as it was: trained less start."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear`: every linear layer but the head; or suffixes of module names."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear`: every linear layer but the head; a list: suffixes of module names; any other text: a regular
+    expression that fits a module's whole name."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained in full and saved with the adapter (`lm_head`, `embed_tokens`)."""
+
+    @property
+    def starts_within(self) -> bool:
+        """Whether the adapter starts as a part of the weights, and not as nothing."""
+        return self.init not in ("kaiming", "gaussian")
+
+    @property
+    def stored_rank(self) -> int:
+        """Rank of the saved adapter: one that starts within the weights keeps its start beside what is trained."""
+        return 2 * self.rank if self.starts_within else self.rank
 
 
 class Sft(Section):

@@ -153,9 +153,8 @@ class FsdpEngine:
         for name, stored in self._built.base.items():
             self._load_tensor("model", name, stored, reader)
         for name in self._built.new_tensors():
-            if ".modules_to_save." in name:
-                source = name.replace(".modules_to_save.default.", ".original_module.")
-                self._load_tensor("model", name, self._built.base[source], reader)
+            if (source := self._built.copied_from(name)) is not None:
+                self._load_tensor("model", name, source, reader)
 
     def _load_tensor(self, part: str, name: str, stored: str, reader: FragmentReader) -> None:
         start, stop = _local_range(self._parameters[name])

@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from one_rank import Rank
+from logits import engine_logits, logits
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_model, recipe_for
-from training import Trained, train
+from training import train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-from ftlaunch.distributed.saver import load_parts
-from ftlaunch.distributed.world import World
 
 LOGIT_TOLERANCE = 1e-5
 """Absolute, of logits around 1, in fp32: the same kernels on the same weights, sharded or merged differently."""
@@ -33,31 +29,6 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "train": {"max_steps": 3, "learning_rate": 1e-2},
     }
     return recipe_for(folder, **shared | changes)
-
-
-def probe_batch() -> dict[str, torch.Tensor]:
-    input_ids = torch.randint(307, (2, 21), generator=torch.Generator().manual_seed(2))
-    return {"input_ids": input_ids, "position_ids": torch.arange(21).expand(2, -1), "targets": input_ids}
-
-
-def logits_of_the_engine(rank: int, size: int, settings: dict[str, Any], checkpoint: Path) -> Any:
-    """The logits of a checkpoint, resumed by the engine itself."""
-    made = Rank.build(settings, World(rank=rank, size=size, local_rank=rank, local_size=size))
-    load_parts(made.engine, str(checkpoint), made.built.has_adapter)
-    made.engine.module.eval()
-    with torch.no_grad():
-        return made.engine.module(probe_batch(), "own_logits").float().numpy().copy()
-
-
-def engine_logits(settings: dict[str, Any], run: Trained) -> torch.Tensor:
-    return torch.from_numpy(run_distributed(logits_of_the_engine, SIZE, settings, run.checkpoint)[0])
-
-
-def logits(model: Any) -> torch.Tensor:
-    model.eval()
-    batch = probe_batch()
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"]).logits.float()
 
 
 @pytest.mark.parametrize("tied", [False, True])

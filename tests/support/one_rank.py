@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ftlaunch.distributed import group as groups
+from ftlaunch.distributed.adapter_start import start_adapter
 from ftlaunch.distributed.attempt import begin_attempt
 from ftlaunch.distributed.batch import on_device
+from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
 from ftlaunch.distributed.data.stream import StepBatches
 from ftlaunch.distributed.entry import PolicyModel
@@ -55,7 +57,10 @@ class Rank:
         built = build_model(typed, folder)
         engine = prepare(built, typed, world or World())
         if typed.model.init == "pretrained":
-            engine.load_base(CheckpointReader(folder.url))
+            base = CheckpointReader(folder.url)
+            engine.load_base(base)
+            world = world or World()
+            start_adapter(engine, built, typed, base, Group(world, Peers(world.rank, world.size, None)))
         return cls(typed, built, engine)
 
     def accumulate(self, step: StepBatches) -> float:

@@ -202,16 +202,27 @@ def test_lora_counts_every_linear_layer_but_the_head(place):
     assert plan.parameters == PARAMETERS + plan.trainable
 
 
-def test_lora_counts_what_peft_makes(place):
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"rank": 4}, {"r": 4, "target_modules": "all-linear"}),
+        ({"rank": 4, "use_dora": True}, {"r": 4, "use_dora": True, "target_modules": "all-linear"}),
+        ({"rank": 4, "init": "pissa"}, {"r": 8, "target_modules": "all-linear"}),
+        (
+            {"rank": 4, "target_modules": r".*\.1\..*(q|v)_proj"},
+            {"r": 4, "target_modules": r".*\.1\..*(q|v)_proj"},
+        ),
+    ],
+)
+def test_lora_counts_what_peft_makes(place, ours, theirs):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / "base"))
-    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, config)
-    plan = model_plan(place, adapter={"rank": 4, "modules_to_save": ["lm_head"]})
+    adapted = get_peft_model(base, LoraConfig(modules_to_save=["lm_head"], task_type="CAUSAL_LM", **theirs))
+    plan = model_plan(place, adapter={**ours, "modules_to_save": ["lm_head"]})
     assert plan.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

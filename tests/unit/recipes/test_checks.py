@@ -84,6 +84,22 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"model": {"path": "m", "init": "random"}},
         )
     ],
+    "target_spelling": [
+        ({"adapter": {"target_modules": bad}}, "adapter.target_modules", {"adapter": {"target_modules": good}})
+        for bad, good in (
+            ("all", "all-linear"),
+            ("q_proj,v_proj", ["q_proj", "v_proj"]),
+            (".*[q_proj", r".*\.(q|v)_proj"),
+        )
+    ],
+    "adapter_within_the_weights": [
+        ({"adapter": {"init": "pissa", "dropout": 0.1}}, "adapter.dropout", {"adapter": {"dropout": 0.1}}),
+        (
+            {"adapter": {"init": "olora"}, "train": {"weight_decay": 0.1}},
+            "train.weight_decay",
+            {"adapter": {"init": "gaussian"}, "train": {"weight_decay": 0.1}},
+        ),
+    ],
     "early_stopping_metric": [
         (
             {

@@ -35,6 +35,8 @@ def test_foreign_names_lead_to_keys_that_exist(name: str) -> None:
         ("gradient_accumulation_steps", "train", (), "accumulation is derived"),
         ("micro_batch_size", "", (), "micro_batch_size belongs under train"),
         ("LoRA_r", "", (), "here that is adapter.rank"),
+        ("peft_use_dora", "", (), "here that is adapter.use_dora"),
+        ("init_lora_weights", "adapter", ("type",), "here that is adapter.init"),
         ("per_device_train_batchsize", "", (), "here that is train.micro_batch_size"),
         ("sequense_length", "", ("model",), "did you mean data.sequence_length?"),
         ("zzz", "train", ("seed",), ""),
