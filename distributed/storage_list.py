@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.errors import UserError
-from .storage_place import NO_OPTIONS, FileInfo, filesystem, is_local
+from .storage_errors import protocol
+from .storage_place import NO_OPTIONS, SAME_AS, FileInfo, filesystem, is_local
 from .storage_retry import RETRY, RetryPolicy, retrying
 
 TAGS = ("ETag", "etag", "md5Hash", "md5", "content_md5", "blob_id")
@@ -123,16 +124,26 @@ def list_files(
     return retrying("list", pattern, look, retry)
 
 
+FLAT = ("s3", "gs", "az")
+"""Stores that have no folders: one listing of all names that begin with a path finds what lies below it."""
+
+
 def _below(fs: Any, path: str, url: str, suffixes: Sequence[str], options: str) -> list[FileInfo]:
     try:
-        entry = _entry(fs, path)
+        # On flat stores the listing answers in one round trip what else takes three, and knows a file by its own name.
+        found = fs.find(path, detail=True) if _is_flat(url) else {}
+        entry = found.get(path) or ({} if found else _entry(fs, path))
     except FileNotFoundError:
         return []
-    if entry["type"] == "file":
+    if entry.get("type") == "file":
         return [_info(fs, {**entry, "name": path}, url, options)]
-    found = fs.find(path, detail=True)
+    found = found or fs.find(path, detail=True)
     names = [n for n in sorted(found) if not _hidden(n, path) and (not suffixes or n.endswith(tuple(suffixes)))]
     return [_info(fs, found[name], url, options) for name in names]
+
+
+def _is_flat(url: str) -> bool:
+    return SAME_AS.get(protocol(url), protocol(url)) in FLAT
 
 
 def list_names(url: str, retry: RetryPolicy = RETRY, *, options: str = NO_OPTIONS) -> list[str]:

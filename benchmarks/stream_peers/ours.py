@@ -60,7 +60,7 @@ def samples(step: Any) -> list[Sequence[int]]:
     found = []
     for micro in step.micro_batches:
         for ids, positions, rows in zip(micro.batch.input_ids, micro.batch.position_ids, micro.batch.rows, strict=True):
-            starts = [*(positions == 0).nonzero()[0][: len(rows)], len(ids)]
+            starts = [*(positions == 0).nonzero()[0][: len(rows)].tolist(), len(ids)]
             found += [ids[start:stop] for start, stop in pairwise(starts)][: len(rows)]
     return found
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 
 from .block import Block
 from .read_limit import MAX_READS, ReadLimit
@@ -23,12 +25,13 @@ USUAL_EXPANSION = 4.0
 @dataclass
 class _Wanted:
     """A block that is not there yet. `ahead`: nobody waits for it; `part`: others serve the rest of it;
-    `nbytes`: how big it will be, by guess."""
+    `nbytes`: how big it will be, by guess; `due`: when it will be wanted, see `BlockCache.prefetch`."""
 
     block: int
     ahead: bool
     part: bool
     nbytes: int
+    due: float
     started: bool = False
     future: Future[Block] = field(default_factory=Future)
 
@@ -37,9 +40,10 @@ class BlockCache:
     """Decoded blocks by id. A block that any stream still holds is never decoded again, and two streams that want
     the same one wait for one read.
 
-    What somebody waits for is read first. Reading ahead keeps to `max_bytes` of decoded blocks that nobody has asked
-    for yet; a block that is larger by itself is only read once it is asked for. `stored_bytes(block)` is how long a
-    block is where it lies, `read_part` how a block is read that others want too.
+    What somebody waits for is read first, then what is due first: streams take their steps together, so blocks that one
+    of them needs later would only keep the others waiting. Reading ahead keeps to `max_bytes` of decoded blocks that
+    nobody has asked for yet; a block that is larger by itself is only read once it is asked for. `stored_bytes(block)`
+    is how long a block is where it lies, `read_part` how a block is read that others want too.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class BlockCache:
         self._held: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
         self._pending: dict[int, _Wanted] = {}
         self._asked: deque[_Wanted] = deque()
-        self._later: deque[_Wanted] = deque()
+        self._later: list[tuple[float, int, _Wanted]] = []  # a heap; equally due ones in the order they were asked for
+        self._order = count()
         self._ahead: dict[int, int] = {}  # block -> bytes, from the start of its read until it is asked for
         self._tickets: weakref.WeakValueDictionary[int, Future[Block]] = weakref.WeakValueDictionary()  # of `_ahead`
         self._waiting = 0
@@ -72,11 +77,17 @@ class BlockCache:
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="block-reader")
 
-    def prefetch(self, blocks: Iterable[int], parts: Collection[int] = ()) -> list[Future[Block]]:
-        """Blocks that will be wanted soon, read as far as there is room; `parts`: those of which only a part is. Who
-        holds the answer holds the blocks."""
+    def prefetch(
+        self, blocks: Sequence[int], parts: Collection[int] = (), due: Sequence[float] | None = None
+    ) -> list[Future[Block]]:
+        """Blocks that will be wanted soon, read as far as there is room; `parts`: those of which only a part is; `due`
+        [blocks]: when they will be wanted, in epochs of their stream. Who holds the answer holds the blocks."""
+        times = [0.0] * len(blocks) if due is None else due
         with self._lock:
-            futures = [self._want(block, ahead=True, part=block in parts) for block in blocks]
+            futures = [
+                self._want(block, ahead=True, part=block in parts, due=time)
+                for block, time in zip(blocks, times, strict=True)
+            ]
             self._start_reads()
         return futures
 
@@ -104,7 +115,7 @@ class BlockCache:
             self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _want(self, block: int, *, ahead: bool, part: bool) -> Future[Block]:
+    def _want(self, block: int, *, ahead: bool, part: bool, due: float = 0.0) -> Future[Block]:
         if not ahead:
             self._ahead.pop(block, None)
         known = self._held.get(block)
@@ -116,13 +127,20 @@ class BlockCache:
         wanted = self._pending.get(block)
         if wanted is None:
             guess = int(self._stored_bytes(block) * self._decoded / self._stored)
-            wanted = self._pending[block] = _Wanted(block, ahead, part, guess)
-            (self._later if ahead else self._asked).append(wanted)
-        elif wanted.ahead and not ahead:
+            wanted = self._pending[block] = _Wanted(block, ahead, part, guess, due)
+            self._line_up(wanted)
+        elif wanted.ahead and not wanted.started and (not ahead or due < wanted.due):
+            wanted.ahead, wanted.due = ahead, due
+            self._line_up(wanted)  # it stands in `_later` already, where it will be passed over
+        elif not ahead:
             wanted.ahead = False
-            if not wanted.started:
-                self._asked.append(wanted)  # it may stand in `_later` as well, where it is passed over
         return wanted.future
+
+    def _line_up(self, wanted: _Wanted) -> None:
+        if wanted.ahead:
+            heapq.heappush(self._later, (wanted.due, next(self._order), wanted))
+        else:
+            self._asked.append(wanted)
 
     def _start_reads(self) -> None:
         while not self._closed and self._in_flight < self._limit.value:
@@ -141,11 +159,11 @@ class BlockCache:
         if self._asked:
             return self._asked.popleft()
         while self._later:
-            first = self._later[0]
+            first = self._later[0][-1]
             passed_over = first.started or not first.ahead or first.nbytes > self._max_bytes
             if not passed_over and not self._has_room(first):
                 return None
-            self._later.popleft()
+            heapq.heappop(self._later)
             if not passed_over:
                 return first
         return None

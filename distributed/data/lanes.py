@@ -144,7 +144,7 @@ class LaneReader:
         all streams share the link with nothing else."""
         self._reads_ahead = False
         if self._max_epochs is None or self.position.epoch < self._max_epochs:
-            self._ahead = self._rows.cache.prefetch(*self._blocks(self._slices_from(self.position.slice, 1)))
+            self._prefetch(self.position.slice, 1)
 
     def ask_ahead(self) -> None:
         """Have what comes after the open window read, and from now on after each that is opened."""
@@ -226,30 +226,32 @@ class LaneReader:
         """Ask for twice what was served and opened up to here, so that reading ahead grows as windows do."""
         first = self.position.slice
         opened = self._bytes_of_epochs + self._open_segment().bytes_before(first) + window.nbytes
-        ahead = self._slices_from(first + window.slices, min(WINDOW_BYTES, 2 * opened))
-        self._ahead = self._rows.cache.prefetch(*self._blocks(ahead))
+        self._prefetch(first + window.slices, min(WINDOW_BYTES, 2 * opened))
 
     def _open_segment(self) -> Segment:
         if self._segment is None:
             self._segment = self._order.segment(self._stream, self.position.epoch)
         return self._segment
 
-    def _slices_from(self, first: int, nbytes: int) -> list[Slice]:
-        """The slices of the windows from one on, into the next epoch, until they hold so many bytes."""
+    def _prefetch(self, first: int, nbytes: int) -> None:
+        """Have the windows from slice `first` on read, into the next epoch, until they hold so many bytes."""
         slices: list[Slice] = []
-        for window in self._windows_from(first):
+        due: list[float] = []
+        for start, window in self._windows_from(first):
             slices += window
+            due += [start] * len(window)
             nbytes -= sum(piece.nbytes for piece in window)
             if nbytes <= 0:
                 break
-        return slices
+        self._ahead = self._rows.cache.prefetch(*self._blocks(slices), due)
 
-    def _windows_from(self, first: int) -> Iterator[list[Slice]]:
-        """The windows that are left of this epoch, and those of the next."""
-        epoch = self.position.epoch + 1
-        yield from self._open_segment().windows(first)
-        if self._max_epochs is None or epoch < self._max_epochs:
-            yield from self._order.segment(self._stream, epoch).windows(0)
+    def _windows_from(self, first: int) -> Iterator[tuple[float, list[Slice]]]:
+        """The windows that are left of this epoch, and those of the next, each with the time in epochs at which it is
+        opened."""
+        segment, epoch = self._open_segment(), self.position.epoch
+        yield from _timed_windows(segment, epoch, first)
+        if self._max_epochs is None or epoch + 1 < self._max_epochs:
+            yield from _timed_windows(self._order.segment(self._stream, epoch + 1), epoch + 1, 0)
 
     def _blocks(self, slices: Sequence[Slice]) -> tuple[list[int], set[int]]:
         """The blocks of slices by their numbers in the index, and those of them that others serve a part of."""
@@ -280,3 +282,9 @@ class LaneReader:
         self._bytes_of_epochs += self._order.segment_bytes(self._stream, self.position.epoch)
         self._segment = None
         self.position = self.position._replace(epoch=self.position.epoch + 1, slice=0, offset=0)
+
+
+def _timed_windows(segment: Segment, epoch: int, first: int) -> Iterator[tuple[float, list[Slice]]]:
+    for window in segment.windows(first):
+        yield epoch + segment.bytes_before(first) / segment.nbytes, window
+        first += len(window)

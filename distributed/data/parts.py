@@ -57,7 +57,7 @@ class Part(NamedTuple):
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:
     """Length of a batch: its longest bin, rounded up to `LENGTH_MULTIPLE`, at most `sequence_length`."""
-    longest = max((sum(len(sample.input_ids) for sample in samples) for samples in bins), default=0)
+    longest = max((sum([len(sample.input_ids) for sample in samples]) for samples in bins), default=0)
     return min(sequence_length, LENGTH_MULTIPLE * max(1, -(-longest // LENGTH_MULTIPLE)))
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 FIRST_READS = 4
+"""The first blocks of a stream arrive the sooner the fewer share the link."""
+
+FEWEST_READS = 8
+"""Once anybody has waited. Reads that share a link end together, and then it idles for a round trip: the more of them,
+the less often. That is too small a gain to be seen in a few reads, so it isn't judged by them."""
+
 MAX_READS = 32
 """More connections than this help no store that is known, and each holds a block."""
 
@@ -23,7 +29,7 @@ class ReadLimit:
     Reads are looked at in rounds of `value`. A round in which nobody waited for a block changes nothing: what there is
     suffices. After one in which somebody did the number doubles, and the next such round shows whether that brought
     throughput (`GAIN`: on to the next doubling), nothing (it stays for `REST_ROUNDS`), or harm (`LOSS`: it is taken
-    back).
+    back, down to `FEWEST_READS`).
     """
 
     def __init__(self, first: int = FIRST_READS, most: int = MAX_READS) -> None:
@@ -55,8 +61,8 @@ class ReadLimit:
         before, self._before = self._before, None
         if before is not None and rate < GAIN * before:
             self._rest = REST_ROUNDS
-            if rate < LOSS * before:
-                self.value = max(1, self.value // 2)
+            if rate < LOSS * before and self.value > FEWEST_READS:
+                self.value //= 2
         elif self._rest:
             self._rest -= 1
         elif self.value < self._most:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class Sample:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Tokens that count in the loss."""
         return int(np.count_nonzero(self.supervised[1:]))

@@ -29,28 +29,35 @@ def lay_out(bins: Sequence[Sequence[Sample]], length: int) -> Batch:
     input_ids = np.zeros(shape, dtype=np.int64)
     position_ids = np.tile(np.arange(length, dtype=np.int64), (len(bins), 1))
     targets = np.full(shape, IGNORED, dtype=np.int64)
+    num_tokens = 0
     for b, samples in enumerate(bins):
-        _lay_out_sequence(samples, input_ids[b], position_ids[b], targets[b])
+        if samples:
+            num_tokens += _lay_out_sequence(samples, input_ids[b], position_ids[b], targets[b])
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         targets=targets,
-        rows=tuple(tuple(sample.row for sample in samples) for samples in bins),
-        num_tokens=sum(len(sample) for samples in bins for sample in samples),
+        rows=tuple(tuple([sample.row for sample in samples]) for samples in bins),
+        num_tokens=num_tokens,
     )
 
 
-def _lay_out_sequence(samples: Sequence[Sample], input_ids: Ints, position_ids: Ints, targets: Ints) -> None:
-    start = 0
-    for sample in samples:
-        stop = start + len(sample)
-        input_ids[start:stop] = sample.input_ids
-        targets[start : stop - 1] = np.where(sample.supervised[1:], sample.input_ids[1:], IGNORED)
-        if start:
-            position_ids[start:] -= position_ids[start]
-        start = stop
-    if len(samples) > 1 and start < len(input_ids):
-        position_ids[start:] -= position_ids[start]
+def _lay_out_sequence(samples: Sequence[Sample], input_ids: Ints, position_ids: Ints, targets: Ints) -> int:
+    """Fill one sequence; its tokens without padding. A few operations a sequence, not a sample: short samples are many,
+    and readers share the interpreter with the loop."""
+    pieces = [sample.input_ids for sample in samples]
+    lengths = [*map(len, pieces)]
+    ends = np.cumsum(lengths)
+    stop = int(ends[-1])
+    ids = input_ids[:stop]
+    np.concatenate(pieces, out=ids)
+    supervised = np.concatenate([sample.supervised for sample in samples])
+    targets[: stop - 1] = np.where(supervised[1:], ids[1:], IGNORED)
+    targets[ends[:-1] - 1] = IGNORED  # nothing predicts the first token of a sample
+    if len(samples) > 1:
+        lengths.append(len(input_ids) - stop)
+        position_ids -= np.repeat(np.concatenate([[0], ends]), lengths)
+    return stop
 
 
 def count_targets(batch: Batch) -> float:

@@ -11,7 +11,7 @@ import pytest
 
 from ftlaunch.distributed.data.cache import BlockCache
 from ftlaunch.distributed.data.feed import Room
-from ftlaunch.distributed.data.read_limit import FIRST_READS, REST_ROUNDS, ReadLimit
+from ftlaunch.distributed.data.read_limit import FEWEST_READS, FIRST_READS, REST_ROUNDS, ReadLimit
 
 MIB = 2**20
 
@@ -67,6 +67,19 @@ def test_reading_ahead_keeps_to_its_bytes_and_goes_on_when_blocks_are_asked_for(
     assert store.begins(1) == [2]
     assert [block.number for block in cache.get_all(range(6))] == [0, 1, 2, 3, 4, 5]
     assert store.begins(3) == [3, 4, 5]
+    cache.close()
+
+
+def test_what_is_due_first_is_read_first_whoever_asked_earlier():
+    store = Store(dict.fromkeys(range(7), MIB))
+    cache = store.cache(readers=1)
+    held = [cache.prefetch([0], due=[0.0])]
+    assert store.begins(1) == [0]
+    held.append(cache.prefetch([1, 2, 3, 4], due=[0.1, 0.3, 0.5, 0.7]))  # a stream, far ahead
+    held.append(cache.prefetch([5, 6, 4], due=[0.2, 0.4, 0.6]))  # another, which wants one of the same blocks sooner
+    for block in store.sizes:
+        store.open(block)
+    assert [store.begun.get(timeout=60) for _ in range(6)] == [1, 5, 2, 6, 3, 4]
     cache.close()
 
 
@@ -147,9 +160,14 @@ def test_no_more_than_twice_what_fills_the_link(best):
 
 
 def test_a_doubling_that_harms_is_taken_back():
-    values = run_link(ReadLimit(), lambda reads: 10 if reads <= 4 else 5, REST_ROUNDS // 2)
-    assert max(values) == 8
-    assert set(values[2:]) == {FIRST_READS}
+    values = run_link(ReadLimit(), lambda reads: reads if reads <= FEWEST_READS else 5, REST_ROUNDS // 2)
+    assert max(values) == 2 * FEWEST_READS
+    assert set(values[3:]) == {FEWEST_READS}
+
+
+def test_a_few_reads_share_the_link_however_little_more_of_them_seem_to_bring():
+    values = run_link(ReadLimit(), lambda reads: 10 if reads <= FIRST_READS else 5, REST_ROUNDS // 2)
+    assert set(values[1:]) == {FEWEST_READS}
 
 
 def test_while_nobody_waits_nothing_changes():

@@ -23,7 +23,7 @@ class Cache:
     def __init__(self):
         self.asked, self.read = None, []
 
-    def prefetch(self, blocks, parts=()):
+    def prefetch(self, blocks, parts=(), due=None):
         self.asked = list(blocks)
         return [Future() for _ in self.asked]
 

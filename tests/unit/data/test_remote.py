@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulty_proxy import FaultyProxy
 from moto.server import ThreadedMotoServer
 
 from ftlaunch.distributed import storage
@@ -202,3 +204,22 @@ def test_a_server_without_ranges_is_refused(web):
     handler.ignores_ranges = True
     with pytest.raises(UserError, match="ignores ranges"):
         storage.read_range(f"{url}/a.bin", 2, 4)
+
+
+
+def test_a_folder_of_an_object_store_is_listed_in_one_request(s3):
+    """Before the first batch every round trip counts."""
+    for name in ("one/a.jsonl", "one/deep/b.jsonl", "one/c.txt", "one/_hidden.jsonl", "one.jsonl"):
+        storage.write_bytes(storage.join(s3, name), b"x\n")
+    proxy = FaultyProxy(*os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":"))
+    options = storage.options_text({"endpoint_url": proxy.url})
+    try:
+        found = storage.list_files(storage.join(s3, "one"), [".jsonl"], options=options)
+        assert [file.url for file in found] == [f"{s3}/one/a.jsonl", f"{s3}/one/deep/b.jsonl"]
+        assert len(proxy.heads) == 1
+        (alone,) = storage.list_files(storage.join(s3, "one.jsonl"), options=options)
+        assert alone == storage.info(storage.join(s3, "one.jsonl"), options=options)
+        assert storage.list_files(storage.join(s3, "nothing"), options=options) == []
+        assert storage.list_files("s3://no-such-bucket/x", options=options) == []
+    finally:
+        proxy.stop()
