@@ -29,8 +29,11 @@ from . import storage
 from .adapter_start import start_adapter
 from .again import Flags, decide, gather
 from .attempt import Attempt, begin_attempt
+from .checkpoint.content import Content
+from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
+from .checkpoint.staging import Staging
 from .evaluate import Evaluator
 from .group import Group
 from .indexing import accept_changed_data, same_sources
@@ -44,7 +47,8 @@ from .probes import check_packing, check_positions, choose_attention, choose_hea
 from .published import base_of, published_files, read_base
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
-from .saver import Saver, load_parts, read_state
+from .save_mode import agree_on_mode
+from .saver import Saver, load_parts, parts_of, read_state
 from .schedule import Extent
 from .strategies.base import Engine
 from .strategies.table import prepare
@@ -162,6 +166,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
     published = group.alike(
         lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
     )
+    writer, staging = _writer(job, group, attempt, parts_of(engine, has_adapter=built.has_adapter), recorder)
     saver = Saver(
         recipe=recipe,
         run=attempt.run,
@@ -169,13 +174,15 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
         engine=engine,
         stream=stream,
         evaluator=evaluator,
-        writer=CheckpointWriter(attempt.run.url, attempt.number, partial(_announce, recorder), group.peers),
+        writer=writer,
+        staging=staging,
         recorder=recorder,
         extra_files=published,
         has_adapter=built.has_adapter,
         data_digest=data.digest,
         last_step=attempt.resume.step if attempt.resume else None,
     )
+    resources.push(saver.close)
     say("training")
     return Run(
         recipe=recipe,
@@ -190,6 +197,19 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
         recorder=recorder,
         extent=extent,
     )
+
+
+def _writer(
+    job: Job, group: Group, attempt: Attempt, parts: Mapping[str, Source], recorder: Recorder | None
+) -> tuple[CheckpointWriter, Staging | None]:
+    """What writes checkpoints, and where copies go if that happens beside the training."""
+    announce = partial(_announce, recorder)
+    writer = CheckpointWriter(attempt.run.url, attempt.number, announce, group.apart(groups.SAVE_TIMEOUT))
+    copy_bytes = sum(plan.supplied_bytes() for plan in writer.plan(Content(parts)).values())
+    mode, note = agree_on_mode(job.loaded.recipe.checkpoint.mode, copy_bytes, group.peers)
+    if recorder and note:
+        recorder.message(note)
+    return writer, Staging(pinned=job.world.device != "cpu") if mode == "async" else None
 
 
 def _evaluator(

@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 TRAINING_TIMEOUT = timedelta(minutes=10)
 CONTROL_TIMEOUT = timedelta(minutes=60)
-"""A first read of a large index, or a save over a slow link, may keep one rank busy this long."""
+"""A first read of a large index may keep one rank busy this long."""
+
+SAVE_TIMEOUT = timedelta(minutes=60)
+"""Ranks that save wait for each other's storage, over a slow link too."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class Group:
     def alike(self, act: Callable[[], T], doing: str) -> T:
         """What every rank makes for itself. What one rank fails at, all ranks fail at."""
         return self.act_and_sum(lambda: (act(), []), 0, doing)[0]
+
+    def apart(self, timeout: timedelta) -> Peers:
+        """The same ranks over a gloo group of their own, which another thread may use; collective."""
+        if self.world.size == 1:
+            return Peers()
+        return Peers(self.world.rank, self.world.size, dist.new_group(backend="gloo", timeout=timeout))
 
     def from_main(self, make: Callable[[], T], doing: str) -> T:
         """What rank 0 makes, on every rank. An error of rank 0 is raised on all."""

@@ -72,7 +72,7 @@ def train(run: Run) -> str:
     outcome = _steps(run)
     if outcome != "interrupted" and run.recipe.evaluate.at_end:
         run.evaluator.measure(run.extent.steps)
-    run.saver.save(run.extent)
+    run.saver.save(run.extent, last=True)
     return outcome
 
 
@@ -138,10 +138,12 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
         step = run.stream.next_step()
         weight = sum(run.method.weight(micro.batch) for micro in step.micro_batches)
         counted = step.num_bins, step.num_tokens, step.served_bytes, step.read_bytes, step.needed_bytes
-        return step, [weight, *counted, run.monitor.stop_requested()]
+        return step, [weight, *counted, run.monitor.stop_requested(), run.saver.has_failed]
 
     watch = Stopwatch()
-    batches, [weight, *sums, stop] = run.group.act_and_sum(read, width=7, doing="reading training data")
+    batches, [weight, *sums, stop, lost] = run.group.act_and_sum(read, width=8, doing="reading training data")
+    if lost:
+        run.saver.settle()
     num_bins, num_tokens, served_bytes, read_bytes, needed_bytes = map(int, sums)
     totals = StepTotals(
         weight, num_bins, num_tokens, served_bytes, read_bytes, needed_bytes, stop=bool(stop), data_wait_s=watch.lap()

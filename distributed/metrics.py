@@ -129,10 +129,12 @@ class Recorder:
         sources = {source: _nested(numbers) for source, numbers in counts.items()}
         self.run.metrics.append({"kind": "data", "step": step, "attempt": self.attempt, "sources": sources})
 
-    def checkpoint(self, step: int, path: str, seconds: float) -> None:
-        """A checkpoint was committed."""
-        self.monitor.emit({"kind": "checkpoint", "step": step, "path": path, "seconds": seconds})
-        self.events.record("checkpoint", step=step, path=path, seconds=seconds)
+    def checkpoint(self, step: int, path: str, seconds: float, stall_s: float) -> None:
+        """A checkpoint was committed, after `seconds`; training was held up for `stall_s` of them. From any thread."""
+        times = {"seconds": seconds, "save_stall_s": stall_s}
+        self.monitor.emit({"kind": "checkpoint", "step": step, "path": path, **times})
+        self.events.record("checkpoint", step=step, path=path, **times)
+        self.run.metrics.append({"kind": "checkpoint", "step": step, "attempt": self.attempt, **times})
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
@@ -170,10 +172,13 @@ def _nested(numbers: Mapping[str, int]) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds since it was last read."""
+    """Seconds since it was made, or since the last lap began."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._last
 
     def lap(self) -> float:
         now = time.perf_counter()

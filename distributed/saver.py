@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..recipes.schema import Recipe
 from . import storage
+from .background import Work
 from .checkpoint.commit import add_metrics
+from .checkpoint.content import Content
+from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.retention import apply_retention
-from .checkpoint.save import STATE_PATH, CheckpointWriter, Content, folder_of
+from .checkpoint.save import STATE_PATH, CheckpointWriter, folder_of
+from .checkpoint.staging import Staging
 from .data import counters
 from .data.stream import Stream
 from .evaluate import Evaluator
@@ -23,6 +28,13 @@ from .rejections import Rejections
 from .run_directory import RunDirectory
 from .schedule import Extent
 from .strategies.base import Engine
+
+
+class _Pending(NamedTuple):
+    """A save that goes on in the background."""
+
+    step: int
+    work: Work
 
 
 @dataclass
@@ -41,32 +53,93 @@ class Saver:
     """config.json, tokenizer and so on; only rank 0 needs them."""
     has_adapter: bool
     data_digest: str
+    staging: Staging | None = None
+    """Where checkpoints are copied to and written from while training goes on; None: training waits for each."""
     last_step: int | None = None
     rejections: Rejections = field(default_factory=Rejections)
+    _pending: _Pending | None = None
 
-    def save(self, extent: Extent) -> None:
+    def save(self, extent: Extent, *, last: bool = False) -> None:
         """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is, but
-        for losses that were measured since."""
+        for losses that were measured since. With a `staging` only the copy is waited for. The `last` checkpoint of a
+        run is always waited for, and its failure always raised."""
+        watch = Stopwatch()
+        self.settle()
         if extent.steps == self.last_step:
             self.group.from_main(partial(self._add_losses, extent.steps), "adding losses to the last checkpoint")
-            return
-        watch = Stopwatch()
+        elif self.staging is None or last:
+            self._save_now(extent, watch, must=last)
+        else:
+            content = self._gathered(extent)
+            plans = self.writer.plan(content)
+            copied = self.group.alike(partial(self.staging.copy, content, plans), "copying what is saved")
+            write = partial(self._write, extent.steps, copied, watch, watch.elapsed())
+            self._pending = _Pending(extent.steps, Work(write, "checkpoint"))
+
+    def _save_now(self, extent: Extent, watch: Stopwatch, *, must: bool) -> None:
         if self.recorder:
             self.recorder.phase("saving")
+        content = self._gathered(extent)
+        with self._ending(extent.steps, must=must):
+            self._write(extent.steps, content, watch)
+        if self.recorder:
+            self.recorder.phase("training")
+
+    def _write(self, step: int, content: Content, watch: Stopwatch, stall_s: float | None = None) -> None:
+        """Talks to other ranks over the writer's own peers, and touches nothing that training changes."""
+        commit = self.writer.save(step, content)
+        if self.recorder:
+            seconds = watch.elapsed()
+            self.recorder.checkpoint(step, self.run.path(commit.directory), seconds, stall_s or seconds)
+            self._make_room(self.recorder)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the save in the background has failed; `settle` says how."""
+        return self._pending is not None and self._pending.work.has_failed
+
+    def settle(self) -> None:
+        """Wait for the save in the background, if there is one. Raises on every rank if it has failed, unless the
+        recipe has training go on."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            with self._ending(pending.step, must=False):
+                pending.work.wait()
+
+    @contextmanager
+    def _ending(self, step: int, *, must: bool) -> Iterator[None]:
+        try:
+            with self.group.peers.together(f"saving step {step}"):
+                yield
+        except Exception as error:
+            if must or self.recipe.checkpoint.on_error == "stop":
+                raise
+            if self.recorder:
+                kept = "none" if self.last_step is None else f"that of step {self.last_step}"
+                text = f"step {step} was not saved: {error}. Training goes on; the newest checkpoint is {kept}"
+                self.recorder.message(text, level="warning")
+        else:
+            self.last_step = step
+
+    def close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let the save in the background end, also where training fails on this rank alone; only who has no time, by
+        an exit or a second signal, does not wait."""
+        if self._pending is None or (kind is not None and not issubclass(kind, Exception)):
+            return
+        with suppress(Exception):  # what ended the training is what counts; the save's own failure has been recorded
+            self._pending.work.wait()
+
+    def _gathered(self, extent: Extent) -> Content:
+        """What is saved. Collective, over the group of the training."""
         state = self._state(extent)
         if self.recorder:
             self.recorder.data(extent.steps, counters.total(stream["counters"] for stream in state["stream"].values()))
             # Before the commit: a resumed run takes no step again that is committed, so its numbers would be lost.
             self.run.metrics.flush()
-        commit = self.writer.save(extent.steps, self._content(state))
-        self.last_step = extent.steps
         refused = self.rejections.take(self.group.peers)
-        if self.recorder:
-            if refused:
-                self.recorder.events.record("rejected_rows", rows=refused)
-            self.recorder.checkpoint(extent.steps, self.run.path(commit.directory), watch.lap())
-            self._make_room(self.recorder)
-            self.recorder.phase("training")
+        if self.recorder and refused:
+            self.recorder.events.record("rejected_rows", rows=refused)
+        return self._content(state)
 
     def _add_losses(self, step: int) -> None:
         if self.recorder and self.evaluator.last_step == step:
@@ -88,7 +161,7 @@ class Saver:
 
     def _content(self, state: Mapping[str, Any]) -> Content:
         return Content(
-            parts={stem_of(part, self.has_adapter): partial(self.engine.fragments, part) for part in self.engine.parts},
+            parts=parts_of(self.engine, has_adapter=self.has_adapter),
             extra_files=self.extra_files,
             state=state,
             metrics=self.evaluator.last if self.evaluator.last_step == state["extent"]["steps"] else {},
@@ -104,6 +177,11 @@ class Saver:
             alive=[attempt.number for attempt in self.run.live_attempts()],
             report=partial(recorder.message, level="warning"),
         )
+
+
+def parts_of(engine: Engine, *, has_adapter: bool) -> dict[str, Source]:
+    """What an engine holds, by file stem."""
+    return {stem_of(part, has_adapter): partial(engine.fragments, part) for part in engine.parts}
 
 
 def stem_of(part: str, has_adapter: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ def complete_lines(data: bytes) -> bytes:
 
 
 class LineLog:
-    """JSON lines that a later attempt continues. One writer at a time.
+    """JSON lines that a later attempt continues. One writer at a time, which may have several threads.
 
     Local files are appended to and flushed line by line. On object stores lines are kept in memory and the object
     is rewritten on `append` when `REWRITE_EVERY_S` have passed, on `flush` and on `close`. `clock` is in seconds.
@@ -38,6 +39,7 @@ class LineLog:
         kept = complete_lines(stored)
         self._lines = bytearray() if self._local else bytearray(kept)
         self._dirty = False
+        self._lock = threading.RLock()
         if self._local:
             path = local_path(url)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,24 +50,26 @@ class LineLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line."""
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        if self._local:
-            self._file.write(line)
-            self._file.flush()
-            return
-        self._lines += line
-        self._dirty = True
-        if self._clock() - self._written_at >= REWRITE_EVERY_S:
-            self.flush()
+        with self._lock:
+            if self._local:
+                self._file.write(line)
+                self._file.flush()
+                return
+            self._lines += line
+            self._dirty = True
+            if self._clock() - self._written_at >= REWRITE_EVERY_S:
+                self.flush()
 
     def flush(self) -> None:
         """Bring every line to the file."""
-        if self._local:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        elif self._dirty:
-            write_bytes(self.url, bytes(self._lines))
-            self._written_at = self._clock()
-            self._dirty = False
+        with self._lock:
+            if self._local:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            elif self._dirty:
+                write_bytes(self.url, bytes(self._lines))
+                self._written_at = self._clock()
+                self._dirty = False
 
     def close(self) -> None:
         """Flush and let go of the file."""

@@ -16,7 +16,16 @@ from ..recipes.schema import Recipe, Section
 from .hardware import Machine
 from .plan_data import SourcePlan, describe, index_source, keys_of, named_sources
 from .plan_duration import DurationPlan, plan_duration
-from .plan_model import MemoryPlan, ModelPlan, PlannedFile, plan_checkpoint, plan_memory, plan_model
+from .plan_model import (
+    MemoryPlan,
+    ModelPlan,
+    PlannedFile,
+    SavePlan,
+    plan_checkpoint,
+    plan_memory,
+    plan_model,
+    plan_saving,
+)
 from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from .unknown import Unknown, then
 
@@ -56,6 +65,7 @@ class Plan:
     duration: DurationPlan
     model: ModelLine | Unknown
     checkpoint: tuple[PlannedFile, ...] | Unknown
+    saving: SavePlan | Unknown
     memory: MemoryPlan | Unknown
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
@@ -77,6 +87,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         for split, name, source, index in found
     )
     model = plan_model(recipe)
+    files = then(model, partial(plan_checkpoint, recipe))
     plan = Plan(
         name=recipe.name,
         run=storage.join(recipe.checkpoint.path, recipe.name),
@@ -88,7 +99,8 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         sources=lines,
         duration=_duration(recipe, lines, {name: index for split, name, _, index in found if split == "train"}, sample),
         model=then(model, partial(_model_line, recipe)),
-        checkpoint=then(model, partial(plan_checkpoint, recipe)),
+        checkpoint=files,
+        saving=then(files, lambda all_: then(world, lambda known: plan_saving(recipe, all_, known.nodes, machine))),
         memory=then(model, lambda known: then(world, lambda ranks: plan_memory(recipe, known, ranks.ranks))),
         warnings=(*loaded.warnings, *_about(world, lambda known: world_warnings(recipe.cluster, known, machine))),
         problems=tuple(_about(world, lambda known: world_problems(recipe.cluster, known, machine))),

@@ -14,8 +14,10 @@ from ..distributed import storage
 from ..distributed.checkpoint.fragments import TensorSpec
 from ..distributed.checkpoint.layout import FileSet, num_elements, open_folder, plan_files
 from ..distributed.model_files import HUB_ID, find_model
+from ..distributed.save_mode import ROOM
 from ..recipes.errors import UserError
-from ..recipes.schema import Ddp, Lora, Model, Recipe
+from ..recipes.schema import Ddp, LocalCluster, Lora, Model, Recipe
+from .hardware import Machine
 from .unknown import Unknown, ask
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
@@ -47,6 +49,15 @@ class PlannedFile:
 
     name: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Whether training waits for its checkpoints ("sync") or goes on beside them ("async"; "auto": the nodes' memory
+    decides, which is not known here), and what the copies take on each node."""
+
+    mode: str
+    copy_bytes: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,14 @@ def plan_checkpoint(recipe: Recipe, model: ModelPlan) -> tuple[PlannedFile, ...]
     for part in [*master, "exp_avg", "exp_avg_sq"]:
         files += [PlannedFile(f"training/{file.name}", file.size) for file in plan_files(wide, stem=part).files]
     return tuple(files)
+
+
+def plan_saving(recipe: Recipe, files: Sequence[PlannedFile], nodes: int, machine: Machine) -> SavePlan:
+    """How checkpoints are written: as a run decides it, by the memory of this machine where it is the node."""
+    mode, total = recipe.checkpoint.mode, sum(file.bytes for file in files)
+    if mode == "auto" and isinstance(recipe.cluster, LocalCluster):
+        mode = "async" if total <= ROOM * machine.memory_bytes else "sync"
+    return SavePlan(mode, 0 if mode == "sync" else -(-total // nodes))
 
 
 def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int) -> MemoryPlan | Unknown:

@@ -159,6 +159,7 @@ def _model_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "trained", f"{units.count(model.trainable)} ({model.trainable / model.parameters:.2%}), masters in float32"
     yield "published as", model.dtype
     yield "checkpoint", _checkpoint(plan)
+    yield "saved", _saving(plan)
     yield "memory", _memory(plan)
 
 
@@ -170,6 +171,20 @@ def _checkpoint(plan: Plan) -> str:
     listed = ", ".join(f"{file.name} {units.size(file.bytes)}" for file in files[:LISTED_FILES])
     more = f", and {len(files) - LISTED_FILES} more" if len(files) > LISTED_FILES else ""
     return f"{units.size(total)} in {len(files)} files: {listed}{more}"
+
+
+SAVING = {
+    "sync": "while training waits",
+    "async": "beside the training, from a copy of {size} in the memory of each node",
+    "auto": "beside the training where each node has twice {size} of memory free for a copy, else while it waits",
+}
+
+
+def _saving(plan: Plan) -> str:
+    saving = plan.saving
+    return (
+        str(saving) if isinstance(saving, Unknown) else SAVING[saving.mode].format(size=units.size(saving.copy_bytes))
+    )
 
 
 def _memory(plan: Plan) -> str:

@@ -288,6 +288,11 @@ class Checkpoint(Section):
     """Optimizer steps between saves; None: only at the end, at an interrupt and with a new best."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept; the best one is kept besides."""
+    mode: Literal["auto", "async", "sync"] = "auto"
+    """`async`: training waits for a copy to host memory, and goes on while that is written; `sync`: it waits for the
+    whole save, which needs no memory. `auto`: async where the copies take at most half of each host's free memory."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a save fails: `stop` the run, or `continue` with a warning (not at the end of the run)."""
 
 
 class Wandb(Section):

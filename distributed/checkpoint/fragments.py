@@ -26,8 +26,9 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Fragment:
     """Ranges of one tensor. `ranges` are (start, stop) element offsets into the flattened tensor, ascending and
-    disjoint; `values` holds their elements one after the other, on the host, in the spec's dtype. `replicas`: how
-    many ranks hold the very same ranges (1: only this one)."""
+    disjoint; `values` holds their elements one after the other, on any device. What is not in the spec's dtype, or not
+    on the host, is cast and copied chunk by chunk when it is written. `replicas`: how many ranks hold the very same
+    ranges (1: only this one)."""
 
     spec: TensorSpec
     ranges: tuple[tuple[int, int], ...]

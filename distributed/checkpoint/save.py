@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from ...recipes.errors import InfrastructureError
 from .. import storage
 from .commit import CommitRecord, commit, commit_url, directory_name, directory_problem, read_commit
+from .content import Content
 from .layout import MAX_FILE_BYTES
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, record_bytes
+from .parts import PartPlan, plan_part
 from .peers import Peers
 from .verify import SAMPLE_BYTES, sample_problems, size_problems
-from .writer import PartPlan, Source, plan_part, save_part
+from .writer import save_part
 
 ROOT_STEMS = frozenset({"model", "adapter_model"})
 """Parts that `from_pretrained` reads; all others lie in training/."""
@@ -26,23 +27,6 @@ STATE_PATH = "training/state.json"
 def folder_of(directory: str, stem: str) -> str:
     """The folder of a part within a checkpoint's directory."""
     return directory if stem in ROOT_STEMS else storage.join(directory, "training")
-
-
-@dataclass(frozen=True)
-class Content:
-    """What one checkpoint holds.
-
-    `parts`: stem ("model" or "adapter_model", "master", "exp_avg", ...) -> its fragments. `extra_files`: path ->
-    content, for rank 0 to write (config.json, tokenizer). `state`: what resuming needs besides tensors, as JSON;
-    the same on every rank. `frozen`: names of tensors that did not change since the run began.
-    """
-
-    parts: Mapping[str, Source]
-    extra_files: Mapping[str, bytes] = field(default_factory=dict)
-    state: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    recipe_digest: str = ""
-    frozen: Collection[str] = ()
 
 
 @dataclass
@@ -61,6 +45,16 @@ class CheckpointWriter:
     sample_bytes: int = SAMPLE_BYTES
     _plans: dict[str, PartPlan] = field(default_factory=dict)
 
+    def plan(self, content: Content) -> Mapping[str, PartPlan]:
+        """What each part looks like, found out once. `save` does it where it was not done; a copy of the content needs
+        it before."""
+        for stem, source in content.parts.items():
+            if stem not in self._plans:
+                self._plans[stem] = plan_part(
+                    source, stem, self.peers, max_file_bytes=self.max_file_bytes, frozen=content.frozen
+                )
+        return self._plans
+
     def save(self, step: int, content: Content) -> CommitRecord:
         """Write, verify and commit the checkpoint of `step`; returns the record that counts.
 
@@ -70,6 +64,7 @@ class CheckpointWriter:
         existing = self._begin(step)
         if existing is not None:
             return existing
+        self.plan(content)
         directory = storage.join(self.run_url, directory_name(step, self.attempt))
         records = [record for stem in content.parts for record in self._save_part(directory, stem, content)]
         records += self._save_small_files(directory, content)
@@ -106,14 +101,8 @@ class CheckpointWriter:
         return None
 
     def _save_part(self, directory: str, stem: str, content: Content) -> list[FileRecord]:
-        source = content.parts[stem]
-        if stem not in self._plans:
-            self._plans[stem] = plan_part(
-                source, stem, self.peers, max_file_bytes=self.max_file_bytes, frozen=content.frozen
-            )
-        plan = self._plans[stem]
-        folder = folder_of(directory, stem)
-        records = save_part(source, folder, plan, self.peers)
+        plan = self._plans[stem].of_copies() if content.copied else self._plans[stem]
+        records = save_part(content.parts[stem], folder_of(directory, stem), plan, self.peers)
         prefix = "" if stem in ROOT_STEMS else "training/"
         return [replace(record, path=prefix + record.path) for record in records]
 

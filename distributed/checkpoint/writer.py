@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -27,58 +27,17 @@ import torch
 
 from ...recipes.errors import InfrastructureError
 from .. import storage
-from .exchange import CHUNK_BYTES, Ranges, Segment, chunks, clip, cover, deal_owners
-from .fragments import Fragment, TensorSpec
-from .layout import DTYPES, MAX_FILE_BYTES, FileSet, StoredFile, num_elements, plan_files
+from .exchange import Segment, chunks, clip
+from .layout import StoredFile
 from .manifest import FileRecord, Span
+from .parts import Held, PartPlan, Source, walk
 from .peers import Peers, Transfer
-
-Source = Callable[[], Iterable[Fragment]]
-"""Begins a new walk over what this rank holds of a part: the same names in the same order on every rank and on every
-walk. A fragment's memory must stay as it is until the save is over."""
 
 PENDING_SEND_BYTES = 32 * 2**20
 """How far a rank may run ahead of the owners it sends to."""
 
 PENDING_WRITES = 4
 """Chunks that wait for storage while the next ones are received."""
-
-
-@dataclass(frozen=True)
-class PartPlan:
-    """What does not change between the saves of a run: the files, who writes them, and who holds what.
-
-    `specs` in the source's order; `held[rank][i]` are the ranges of `specs[i]` that `rank` holds.
-    """
-
-    files: FileSet
-    owners: dict[str, int]
-    specs: tuple[TensorSpec, ...]
-    held: tuple[tuple[Ranges, ...], ...]
-    chunk_bytes: int = CHUNK_BYTES
-
-
-def plan_part(
-    source: Source, stem: str, peers: Peers, *, max_file_bytes: int = MAX_FILE_BYTES, frozen: Collection[str] = ()
-) -> PartPlan:
-    """Walk the source once for names and ranges, and tell them to each other; collective.
-
-    Raises ValueError on every rank if the ranks name different tensors or leave elements out.
-    """
-    with peers.together(f"listing the tensors of {stem}"):
-        mine = [(fragment.spec, fragment.ranges) for fragment in source()]
-    specs = tuple(spec for spec, _ in mine)
-    everyone = peers.gather((zlib.crc32(repr(specs).encode()), tuple(ranges for _, ranges in mine)))
-    if len({digest for digest, _ in everyone}) > 1:
-        raise ValueError(f"the ranks do not yield the same tensors of {stem} in the same order")
-    held = tuple(ranges for _, ranges in everyone)
-    for position, spec in enumerate(specs):
-        try:
-            cover([ranges[position] for ranges in held], num_elements(spec), 0)
-        except ValueError as error:
-            raise ValueError(f"{stem}, tensor {spec.name}: {error}") from error
-    files = plan_files(specs, stem=stem, max_file_bytes=max_file_bytes, frozen=frozen)
-    return PartPlan(files, deal_owners(files, peers.size), specs, held)
 
 
 def save_part(source: Source, directory: str, plan: PartPlan, peers: Peers) -> list[FileRecord]:
@@ -91,8 +50,8 @@ def save_part(source: Source, directory: str, plan: PartPlan, peers: Peers) -> l
         owned = [file for file in plan.files.files if plan.owners[file.name] == peers.rank]
         with _FileWriter(directory, owned, failures) as files:
             movement = _Movement(plan, peers, _Outbox(peers), files)
-            for position, fragment in _walk(source, plan, peers.rank, failures):
-                movement.move(position, _Held(fragment))
+            for position, fragment in walk(source, plan, failures):
+                movement.move(position, Held(fragment))
             movement.outbox.flush()
         if failures:
             raise failures[0]
@@ -100,30 +59,6 @@ def save_part(source: Source, directory: str, plan: PartPlan, peers: Peers) -> l
 
 
 # --- one tensor -----------------------------------------------------------------------------------------------------
-
-
-class _Held:
-    """A fragment as bytes, found by element range."""
-
-    def __init__(self, fragment: Fragment) -> None:
-        self.spec = fragment.spec
-        self.itemsize = DTYPES[fragment.spec.dtype].itemsize
-        self._ranges = fragment.ranges
-        self._begins = list(accumulate((stop - start for start, stop in fragment.ranges), initial=0))
-        self._bytes = fragment.values.detach().contiguous().reshape(-1).view(torch.uint8)
-
-    def view(self, start: int, stop: int) -> torch.Tensor:
-        """The bytes of elements [start, stop), which lie in one of the ranges; no copy."""
-        for (low, high), begin in zip(self._ranges, self._begins, strict=False):
-            if low <= start and stop <= high:
-                first = (begin + start - low) * self.itemsize
-                return self._bytes[first : first + (stop - start) * self.itemsize]
-        raise ValueError(f"elements {start} to {stop} of {self.spec.name} are not in this fragment")
-
-    def join(self, pieces: Sequence[Segment]) -> torch.Tensor:
-        """The bytes of several pieces, one after the other; a copy only if there is more than one."""
-        views = [self.view(piece.start, piece.stop) for piece in pieces]
-        return views[0] if len(views) == 1 else torch.cat(views)
 
 
 @dataclass(frozen=True)
@@ -135,11 +70,11 @@ class _Movement:
     outbox: _Outbox
     files: _FileWriter
 
-    def move(self, position: int, held: _Held) -> None:
+    def move(self, position: int, held: Held) -> None:
         """Bring every chunk of a tensor to the owner of its file, and there into the file."""
         file, _ = self.plan.files.places[held.spec.name]
         owner, rank = self.plan.owners[file.name], self.peers.rank
-        segments = cover([ranges[position] for ranges in self.plan.held], num_elements(held.spec), owner)
+        segments = self.plan.segments[position]
         for start, stop in chunks(held.spec, self.plan.chunk_bytes):
             pieces = clip(segments, start, stop)
             if rank == owner:
@@ -148,7 +83,7 @@ class _Movement:
                 self.outbox.send(held.join(mine), owner)
 
 
-def _receive_chunk(pieces: Sequence[Segment], start: int, stop: int, held: _Held, peers: Peers) -> torch.Tensor:
+def _receive_chunk(pieces: Sequence[Segment], start: int, stop: int, held: Held, peers: Peers) -> torch.Tensor:
     """Assemble elements [start, stop) on their owner: one message from each rank that has a piece."""
     if all(piece.rank == peers.rank for piece in pieces):
         return held.join(pieces)
@@ -194,36 +129,6 @@ class _Outbox:
         transfer, size = self._pending.popleft()
         transfer.wait()
         self._bytes -= size
-
-
-def _walk(source: Source, plan: PartPlan, rank: int, failures: list[Exception]) -> Iterator[tuple[int, Fragment]]:
-    """This rank's fragments with their position in the plan, larger elements first as files have them (a part of one
-    element size, which is nearly every part, is walked once). From a failure on, zeros stand in for them."""
-    for itemsize in sorted({DTYPES[spec.dtype].itemsize for spec in plan.specs}, reverse=True):
-        fragments = _checked(source, plan, rank, failures)
-        for position, spec in enumerate(plan.specs):
-            fragment = next(fragments, None) or _zeros(spec, plan.held[rank][position])
-            if DTYPES[spec.dtype].itemsize == itemsize:
-                yield position, fragment
-
-
-def _checked(source: Source, plan: PartPlan, rank: int, failures: list[Exception]) -> Iterator[Fragment]:
-    """The source's fragments as long as they are those of the plan; then the failure is noted and it ends."""
-    if failures:
-        return
-    try:
-        for spec, ranges, fragment in zip(plan.specs, plan.held[rank], source(), strict=True):
-            count = sum(stop - start for start, stop in ranges)
-            if (fragment.spec, fragment.ranges, fragment.values.numel()) != (spec, ranges, count):
-                raise ValueError(f"{fragment.spec.name} is not what was planned for {spec.name} on rank {rank}")
-            yield fragment
-    except Exception as error:
-        failures.append(error)
-
-
-def _zeros(spec: TensorSpec, ranges: Ranges) -> Fragment:
-    count = sum(stop - start for start, stop in ranges)
-    return Fragment(spec, ranges, torch.zeros(count, dtype=getattr(torch, DTYPES[spec.dtype].torch_name)))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class Engine(Protocol):
         ...
 
     def fragments(self, part: str) -> Iterator[Fragment]:
-        """What this rank holds of `part`, one tensor at a time, as host memory; the same names, in the same
-        order, on every rank (a rank that holds nothing of a tensor yields it with no ranges)."""
+        """What this rank holds of `part`, one tensor at a time, where it lies; the same names, in the same order, on
+        every rank (a rank that holds nothing of a tensor yields it with no ranges)."""
         ...
 
     def load(self, part: str, reader: FragmentReader) -> None:

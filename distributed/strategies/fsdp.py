@@ -126,9 +126,10 @@ class FsdpEngine:
             parameter = self._parameters[name]
             values = self._values(part, name)
             start, stop = _local_range(parameter)
-            spec = TensorSpec(published, tuple(parameter.shape), SAFETENSORS_DTYPES[values.dtype])
+            dtype = self._dtype if part == "model" else values.dtype
+            spec = TensorSpec(published, tuple(parameter.shape), SAFETENSORS_DTYPES[dtype])
             ranges = ((start, stop),) if stop > start else ()
-            yield Fragment(spec, ranges, values.flatten().cpu(), replicas=self._replicas)
+            yield Fragment(spec, ranges, values.flatten(), replicas=self._replicas)
 
     def _stored(self, part: str) -> Iterator[tuple[str, str]]:
         """(name in the module, name in files) of the tensors of a part."""
@@ -137,12 +138,11 @@ class FsdpEngine:
                 yield name, published
 
     def _values(self, part: str, name: str) -> Tensor:
-        """This rank's values of one tensor of a part, in the stored dtype."""
+        """This rank's values of one tensor of a part, as they are: whoever stores them casts chunk by chunk."""
         if part in MOMENTS:
             shadow = self._shadows[name]
             return self._optimizer.state[shadow][part] if shadow.numel() else shadow.detach()
-        local = _local(self._parameters[name]).detach()
-        return local.to(self._dtype) if part == "model" else local
+        return _local(self._parameters[name]).detach()
 
     def load(self, part: str, reader: FragmentReader) -> None:
         for name, published in self._stored(part):

@@ -16,9 +16,10 @@ from ftlaunch.distributed import storage
 from ftlaunch.distributed.checkpoint import reader as reader_module
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
 from ftlaunch.distributed.checkpoint.layout import plan_files, read_header
+from ftlaunch.distributed.checkpoint.parts import plan_part
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
-from ftlaunch.distributed.checkpoint.writer import plan_part, save_part
+from ftlaunch.distributed.checkpoint.writer import save_part
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]

@@ -13,7 +13,7 @@ from ftlaunch.launcher import cli, plan_view
 from ftlaunch.launcher.hardware import Machine, parse_mebibytes
 from ftlaunch.launcher.plan_data import SourcePlan
 from ftlaunch.launcher.plan_duration import SampleStats, plan_duration
-from ftlaunch.launcher.plan_model import from_headers, plan_checkpoint, plan_memory
+from ftlaunch.launcher.plan_model import PlannedFile, SavePlan, from_headers, plan_checkpoint, plan_memory, plan_saving
 from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from ftlaunch.launcher.unknown import Unknown
 from ftlaunch.recipes.errors import UserError
@@ -320,6 +320,23 @@ def test_json_has_everything(capsys, place):
     assert plan["recipe"]["train"]["learning_rate"] == 2e-5
 
 
+@pytest.mark.parametrize(
+    ("changes", "nodes", "saving"),
+    [
+        ({}, 1, ("async", 101)),
+        ({"cluster": {"type": "local", "nodes": 3}}, 3, ("async", 34)),  # logical nodes share this machine's memory
+        ({"checkpoint": {"mode": "sync"}}, 1, ("sync", 0)),
+        ({"checkpoint": {"mode": "async"}}, 1, ("async", 101)),
+        ({"cluster": {"type": "ray", "nodes": 2}}, 2, ("auto", 51)),
+    ],
+)
+def test_how_checkpoints_are_written_depends_on_the_memory_for_copies(changes, nodes, saving):
+    files = [PlannedFile("a", 50), PlannedFile("b", 51)]
+    assert plan_saving(recipe(**changes), files, nodes, Machine(memory_bytes=202)) == SavePlan(*saving)
+    if saving == ("async", 101) and not changes:
+        assert plan_saving(recipe(), files, nodes, Machine(memory_bytes=201)) == SavePlan("sync", 0)
+
+
 def test_overrides_and_nodes_are_planned(capsys, place):
     plan = plan_json(capsys, "train.global_batch_size=6", "--nodes", "4")
     assert plan["batch"]["ranks"] == 4
@@ -331,6 +348,7 @@ def test_the_terminal_shows_every_default_and_figure(capsys, place):
     assert cli.main(["plan", "bot.yaml"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     wanted = ["learning_rate: 2e-05", "keep_last: 2", "1 rank on 1 node", "x 4 (accumulation)", "model.safetensors"]
+    wanted += ["saved while training waits"]
     wanted += ["eval, text (found from its columns), 5 rows, 1 file of", "train, prompt_completion (found from"]
     assert [part for part in wanted if part not in out] == []
 

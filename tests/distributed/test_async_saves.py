@@ -1,0 +1,205 @@
+"""Checkpoints that are written while training goes on: the same bytes, the same losses, and no failure that is lost."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from harness import run_distributed
+from tiny import recipe_for
+from training import QuietMonitor, read_run, train_all
+
+from ftlaunch.distributed import entry
+from ftlaunch.distributed.checkpoint import save as save_module
+from ftlaunch.distributed.checkpoint.commit import list_commits
+from ftlaunch.distributed.checkpoint.save import CheckpointWriter
+from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
+from ftlaunch.distributed.world import World
+from ftlaunch.recipes.errors import InfrastructureError, Interrupted, UserError
+from ftlaunch.recipes.load import LoadedRecipe
+from ftlaunch.recipes.schema import Recipe
+
+PATIENCE_S = 60.0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def saved(run: Path) -> dict[str, dict[str, bytes]]:
+    return {folder.name: contents(folder) for folder in sorted(run.glob("step-*"))}
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"model": {"dtype": "float32"}}),
+        (2, {"model": {"dtype": "bfloat16"}}),
+        (3, {"strategy": {"type": "ddp"}, "model": {"dtype": "float32"}}),
+        (2, {"adapter": {"type": "lora", "rank": 3}, "train": {"learning_rate": 1e-2}}),
+    ],
+)
+def test_async_and_sync_write_the_same_bytes_and_train_alike(tmp_path, size, changes):
+    """With a save after every step the next step changes weights while the last one's are written."""
+    keep = {"every_steps": 1, "keep_last": 99}
+    recipes = [
+        recipe_for(tmp_path, name=mode, checkpoint={**keep, "mode": mode}, **changes) for mode in ("sync", "async")
+    ]
+    waiting, beside = train_all(recipes, size)
+    assert beside.losses == waiting.losses
+    assert beside.grad_norms == waiting.grad_norms
+    assert len(saved(waiting.directory)) == 8
+    assert saved(beside.directory) == saved(waiting.directory)
+    for run in (waiting, beside):
+        lines = [line for line in run.lines if line["kind"] == "checkpoint"]
+        assert [line["step"] for line in lines] == list(range(1, 9))
+        assert all(0 < line["save_stall_s"] <= line["seconds"] for line in lines)
+
+
+# --- what happens meanwhile -----------------------------------------------------------------------------------------
+
+
+class Watch(QuietMonitor):
+    """Counts steps, and may ask to stop after one."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.step = 0
+        self.messages: list[str] = []
+
+    def emit(self, event):
+        if event["kind"] == "step":
+            self.step = event["step"]
+        if event["kind"] == "message":
+            self.messages.append(event["text"])
+
+    def stop_requested(self) -> bool:
+        return self.stop_after is not None and self.step >= self.stop_after
+
+
+def hold_saves(monitor: Watch, ahead: int) -> list[int]:
+    """No save ends before training is `ahead` steps further (on rank 0, which counts them); how many run at once."""
+    save, running, most = CheckpointWriter.save, [], [0]
+    lock = threading.Lock()
+
+    def held(self, step, content):
+        with lock:
+            running.append(step)
+            most[0] = max(most[0], len(running))
+        deadline = time.monotonic() + PATIENCE_S
+        while self.peers.rank == 0 and content.copied and monitor.step < step + ahead:
+            assert time.monotonic() < deadline, "training does not go on during a save"
+            time.sleep(0.005)
+        try:
+            return save(self, step, content)
+        finally:
+            running.remove(step)
+
+    CheckpointWriter.save = held
+    return most
+
+
+def break_saves(rank: int, victim: int, steps: set[int]) -> None:
+    """The storage of one rank fails when these steps are saved."""
+    size_problems = save_module.size_problems
+
+    def failing(directory, files):
+        if rank == victim and any(f"step-{step:06d}" in directory for step in steps):
+            raise InfrastructureError(f"cannot read {directory}: Input/output error")
+        return size_problems(directory, files)
+
+    save_module.size_problems = failing
+
+
+def run_one(rank, size, recipe, folder, *, ahead=None, broken=(), victim=0, stop_after=None):
+    """Train one recipe under these conditions: how it ended, what was said, and how many saves ran at once."""
+    monitor = Watch(stop_after if rank == 0 else None)
+    most = hold_saves(monitor, ahead) if ahead is not None else [0]
+    break_saves(rank, victim, set(broken))
+    loaded = LoadedRecipe(Recipe.model_validate(recipe), "test.yaml", (), ())
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+    try:
+        outcome = entry.run_rank(entry.Job(loaded, world, f"file://{folder}/rendezvous", monitor, ("test",)))
+    except Exception as error:
+        return type(error).__name__, str(error), monitor.messages, most[0]
+    return outcome, "", monitor.messages, most[0]
+
+
+def run(tmp_path, size, checkpoint, **more):
+    changes = more.pop("changes", {})
+    recipe = recipe_for(tmp_path, checkpoint={"mode": "async", "keep_last": 99, **checkpoint}, **changes)
+    endings = run_distributed(_run_one, size, recipe, str(tmp_path), more, connect=False)
+    return endings, tmp_path / "runs" / "tiny"
+
+
+def _run_one(rank, size, recipe, folder, more):
+    return run_one(rank, size, recipe, folder, **more)
+
+
+def steps_of(directory: Path) -> list[int]:
+    records = list_commits(str(directory), pytest.fail)
+    assert all(verify_checkpoint(str(directory / record.directory)) == [] for record in records)
+    return [record.step for record in records]
+
+
+def test_training_goes_on_and_the_next_save_waits(tmp_path):
+    endings, directory = run(tmp_path, 2, {"every_steps": 3}, ahead=2)
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert steps_of(directory) == [3, 6, 8]
+    assert [ending[3] for ending in endings] == [1, 1]
+    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"mode": "sync", "keep_last": 99})], 2)
+    assert saved(directory) == saved(plain.directory)
+
+
+def test_an_interrupt_waits_for_the_save_that_goes_on(tmp_path):
+    """The save of step 3 cannot end before step 4, after which the run is asked to stop."""
+    endings, directory = run(tmp_path, 2, {"every_steps": 3}, ahead=1, stop_after=4)
+    assert [ending[0] for ending in endings] == [Interrupted.__name__] * 2
+    last = read_run(directory).steps[-1]["step"]
+    assert last in (5, 6)
+    assert steps_of(directory) == sorted({3, last})
+
+
+def test_a_mistake_in_training_leaves_the_save_that_goes_on_whole(tmp_path):
+    changes = {"train": {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 8}}
+    endings, directory = run(tmp_path, 2, {"every_steps": 1}, changes=changes)
+    assert [ending[0] for ending in endings] == [UserError.__name__] * 2
+    assert "the loss is" in endings[0][1]
+    steps = [line["step"] for line in read_run(directory).steps]
+    assert steps_of(directory) == steps != []
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_save_that_fails_stops_every_rank_and_says_why(tmp_path, victim):
+    endings, directory = run(tmp_path, 2, {"every_steps": 2}, broken={4}, victim=victim)
+    assert [ending[0] for ending in endings] == [InfrastructureError.__name__] * 2
+    assert all("Input/output error" in ending[1] for ending in endings)
+    assert steps_of(directory) == [2]
+    ends = json.loads((directory / "attempts" / "a1.end.json").read_text())
+    assert ends["outcome"] == "failed"
+    assert "Input/output error" in ends["message"]
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_training_goes_on_after_a_save_that_fails_where_that_is_wanted(tmp_path, mode):
+    endings, directory = run(
+        tmp_path, 2, {"every_steps": 2, "mode": mode, "on_error": "continue"}, broken={4}, victim=1
+    )
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert steps_of(directory) == [2, 6, 8]
+    (said,) = [text for text in endings[0][2] if "was not saved" in text]
+    assert "step 4 was not saved" in said
+    assert "Input/output error" in said
+    assert "the newest checkpoint is that of step 2" in said
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_the_last_save_must_not_fail(tmp_path, mode):
+    endings, directory = run(
+        tmp_path, 2, {"every_steps": 3, "mode": mode, "on_error": "continue"}, broken={8}, victim=1
+    )
+    assert [ending[0] for ending in endings] == [InfrastructureError.__name__] * 2
+    assert steps_of(directory) == [3, 6]
