@@ -33,6 +33,7 @@ from .checkpoint.content import Content
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
+from .checkpoint.shared import share_local_folder
 from .checkpoint.staging import Staging
 from .evaluate import Evaluator
 from .group import Group
@@ -203,8 +204,9 @@ def _writer(
     job: Job, group: Group, attempt: Attempt, parts: Mapping[str, Source], recorder: Recorder | None
 ) -> tuple[CheckpointWriter, Staging | None]:
     """What writes checkpoints, and where copies go if that happens beside the training."""
-    announce = partial(_announce, recorder)
-    writer = CheckpointWriter(attempt.run.url, attempt.number, announce, group.apart(groups.SAVE_TIMEOUT))
+    url, peers = attempt.run.url, group.apart(groups.SAVE_TIMEOUT)
+    in_place = share_local_folder(url, peers)
+    writer = CheckpointWriter(url, attempt.number, partial(_announce, recorder), peers, in_place=in_place)
     copy_bytes = sum(plan.supplied_bytes() for plan in writer.plan(Content(parts)).values())
     mode, note = agree_on_mode(job.loaded.recipe.checkpoint.mode, copy_bytes, group.peers)
     if recorder and note:

@@ -9,6 +9,7 @@ like from the environment too, or from a source's `storage_options`.
 
 from __future__ import annotations
 
+from .storage_in_place import RangeFile, make_file
 from .storage_list import exists, info, is_folder, list_files, list_names
 from .storage_log import REWRITE_EVERY_S, LineLog, complete_lines
 from .storage_place import NO_OPTIONS, FileInfo, filesystem, is_local, join, local_path, options_text
@@ -21,6 +22,7 @@ from .storage_write import (
     create_exclusive,
     delete_tree,
     open_write,
+    sync_folder,
     write_bytes,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "WRITE_BLOCK_BYTES",
     "FileInfo",
     "LineLog",
+    "RangeFile",
     "RetryPolicy",
     "ShortReadError",
     "check_writable",
@@ -46,6 +49,7 @@ __all__ = [
     "list_files",
     "list_names",
     "local_path",
+    "make_file",
     "open_write",
     "options_text",
     "read_bytes",
@@ -53,5 +57,6 @@ __all__ = [
     "read_range",
     "request_counts",
     "retrying",
+    "sync_folder",
     "write_bytes",
 ]

@@ -38,12 +38,17 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(url: str) -> None:
+    """The names in a local folder are on the disk from now on."""
+    _sync(local_path(url))
 
 
 def write_bytes(url: str, data: bytes, retry: RetryPolicy = RETRY) -> None:
@@ -54,7 +59,7 @@ def write_bytes(url: str, data: bytes, retry: RetryPolicy = RETRY) -> None:
         with _temporary(path) as temporary:
             _write_synced(temporary, data)
             temporary.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
     def write_remote() -> None:
         fs, path = filesystem(url)
@@ -75,7 +80,7 @@ def create_exclusive(url: str, data: bytes, retry: RetryPolicy = RETRY) -> bool:
         with _temporary(path) as temporary:
             _write_synced(temporary, data)
             os.link(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
         return True
 
     def create() -> bool:
@@ -126,7 +131,7 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
             return
         fs, remote = filesystem(url, uploads=True)
         handle = fs.open(remote, "wb", block_size=WRITE_BLOCK_BYTES, autocommit=False)

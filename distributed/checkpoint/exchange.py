@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .fragments import TensorSpec
@@ -44,6 +45,34 @@ def cover(held: Sequence[Ranges], numel: int, owner: int) -> list[Segment]:
     if gaps:
         raise ValueError(f"no rank holds elements {gaps[0][0]} to {gaps[0][1]}")
     return sorted(segments)
+
+
+def deal(held: Sequence[Ranges], spec: TensorSpec, load: list[int]) -> list[Segment]:
+    """Choose one rank for each element, ascending: what several hold goes, chunk by chunk, to the one of them with the
+    fewest bytes so far. `load`: bytes by rank, which is added to. Raises ValueError for elements that nobody holds."""
+    numel, size = num_elements(spec), DTYPES[spec.dtype].itemsize
+    cuts = sorted({0, numel, *(place for ranges in held for piece in ranges for place in piece)})
+    segments: list[Segment] = []
+    for start, stop in pairwise(cuts):
+        holders = [rank for rank, ranges in enumerate(held) if any(intersect(ranges, start, stop))]
+        if not holders:
+            raise ValueError(f"no rank holds elements {start} to {stop}")
+        for low, high in [(start, stop)] if len(holders) == 1 else _on_grid(start, stop, CHUNK_BYTES // size):
+            rank = min(holders, key=load.__getitem__)
+            load[rank] += (high - low) * size
+            if low > start and segments[-1].rank == rank:  # a segment lies in one of the rank's ranges
+                segments[-1] = segments[-1]._replace(stop=high)
+            else:
+                segments.append(Segment(low, high, rank))
+    return segments
+
+
+def _on_grid(start: int, stop: int, step: int) -> Iterator[Range]:
+    """[start, stop) cut at the multiples of `step`."""
+    while start < stop:
+        end = min(stop, (start // step + 1) * step)
+        yield start, end
+        start = end
 
 
 def intersect(ranges: Sequence[Range], start: int, stop: int) -> Iterator[Range]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from .exchange import CHUNK_BYTES, Ranges, Segment, cover, deal_owners
+from .exchange import CHUNK_BYTES, Ranges, Segment, cover, deal, deal_owners
 from .fragments import Fragment, TensorSpec
 from .layout import DTYPES, MAX_FILE_BYTES, FileSet, num_elements, plan_files
 from .peers import Peers
@@ -53,9 +53,16 @@ class PartPlan:
 
 
 def plan_part(
-    source: Source, stem: str, peers: Peers, *, max_file_bytes: int = MAX_FILE_BYTES, frozen: Collection[str] = ()
+    source: Source,
+    stem: str,
+    peers: Peers,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    frozen: Collection[str] = (),
+    in_place: bool = False,
 ) -> PartPlan:
-    """Walk the source once for names and ranges, and tell them to each other; collective.
+    """Walk the source once for names and ranges, and tell them to each other; collective. What several ranks hold is
+    supplied by the owner of its file where it can, or with `in_place`, where owners have no say, dealt by bytes.
 
     Raises ValueError on every rank if the ranks name different tensors or leave elements out.
     """
@@ -68,11 +75,13 @@ def plan_part(
     held = tuple(ranges for _, ranges in everyone)
     files = plan_files(specs, stem=stem, max_file_bytes=max_file_bytes, frozen=frozen)
     owners = deal_owners(files, peers.size)
-    segments = []
+    segments, load = [], [0] * peers.size
     for position, spec in enumerate(specs):
         owner = owners[files.places[spec.name][0].name]
+        holders = [ranges[position] for ranges in held]
         try:
-            segments.append(tuple(cover([ranges[position] for ranges in held], num_elements(spec), owner)))
+            dealt = deal(holders, spec, load) if in_place else cover(holders, num_elements(spec), owner)
+            segments.append(tuple(dealt))
         except ValueError as error:
             raise ValueError(f"{stem}, tensor {spec.name}: {error}") from error
     return PartPlan(files, owners, specs, held[peers.rank], tuple(segments), peers.rank)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from ...recipes.errors import InfrastructureError
+from ...recipes.errors import FtlaunchError, InfrastructureError
 from .. import storage
 from .commit import CommitRecord, commit, commit_url, directory_name, directory_problem, read_commit
 from .content import Content
+from .in_place import save_part_in_place
 from .layout import MAX_FILE_BYTES
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, record_bytes
 from .parts import PartPlan, plan_part
@@ -43,6 +45,8 @@ class CheckpointWriter:
     peers: Peers = field(default_factory=Peers)
     max_file_bytes: int = MAX_FILE_BYTES
     sample_bytes: int = SAMPLE_BYTES
+    in_place: bool = False
+    """All ranks share a local folder on one host, see `shared.share_local_folder`."""
     _plans: dict[str, PartPlan] = field(default_factory=dict)
 
     def plan(self, content: Content) -> Mapping[str, PartPlan]:
@@ -51,7 +55,12 @@ class CheckpointWriter:
         for stem, source in content.parts.items():
             if stem not in self._plans:
                 self._plans[stem] = plan_part(
-                    source, stem, self.peers, max_file_bytes=self.max_file_bytes, frozen=content.frozen
+                    source,
+                    stem,
+                    self.peers,
+                    max_file_bytes=self.max_file_bytes,
+                    frozen=content.frozen,
+                    in_place=self.in_place,
                 )
         return self._plans
 
@@ -66,6 +75,16 @@ class CheckpointWriter:
             return existing
         self.plan(content)
         directory = storage.join(self.run_url, directory_name(step, self.attempt))
+        try:
+            counts = self._save(directory, step, content)
+        except Exception:
+            self._discard(directory)  # where the disk was full there is room again
+            raise
+        if counts.attempt != self.attempt:
+            self._discard(directory)
+        return counts
+
+    def _save(self, directory: str, step: int, content: Content) -> CommitRecord:
         records = [record for stem in content.parts for record in self._save_part(directory, stem, content)]
         records += self._save_small_files(directory, content)
         everyone = self.peers.gather(records)
@@ -74,6 +93,12 @@ class CheckpointWriter:
         self._save_manifest(directory, manifest)
         self._verify(directory, manifest)
         return self._commit(step, content, manifest)
+
+    def _discard(self, directory: str) -> None:
+        """What never was a checkpoint, and will not become one."""
+        if self.peers.rank == 0:
+            with suppress(FtlaunchError):  # left to a later attempt, which deletes what no record names
+                storage.delete_tree(directory)
 
     def _begin(self, step: int) -> CommitRecord | None:
         """An existing commit of the step; else what an earlier try of this very attempt left is cleared away.
@@ -102,7 +127,8 @@ class CheckpointWriter:
 
     def _save_part(self, directory: str, stem: str, content: Content) -> list[FileRecord]:
         plan = self._plans[stem].of_copies() if content.copied else self._plans[stem]
-        records = save_part(content.parts[stem], folder_of(directory, stem), plan, self.peers)
+        save = save_part_in_place if self.in_place else save_part
+        records = save(content.parts[stem], folder_of(directory, stem), plan, self.peers)
         prefix = "" if stem in ROOT_STEMS else "training/"
         return [replace(record, path=prefix + record.path) for record in records]
 

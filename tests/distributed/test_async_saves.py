@@ -15,6 +15,7 @@ from training import QuietMonitor, read_run, train_all
 from ftlaunch.distributed import entry
 from ftlaunch.distributed.checkpoint import save as save_module
 from ftlaunch.distributed.checkpoint.commit import list_commits
+from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.distributed.world import World
@@ -152,6 +153,23 @@ def test_training_goes_on_and_the_next_save_waits(tmp_path):
     assert [ending[3] for ending in endings] == [1, 1]
     (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"mode": "sync", "keep_last": 99})], 2)
     assert saved(directory) == saved(plain.directory)
+
+
+def send_nothing(self, data, to):
+    raise AssertionError(f"{len(data)} bytes are sent to rank {to}")
+
+
+def run_without_sending(rank, size, recipe, folder):
+    Peers.send = send_nothing
+    return run_one(rank, size, recipe, folder)
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_ranks_of_one_host_send_each_other_nothing(tmp_path, mode):
+    recipe = recipe_for(tmp_path, checkpoint={"mode": mode})
+    endings = run_distributed(run_without_sending, 3, recipe, str(tmp_path), connect=False)
+    assert [ending[0] for ending in endings] == ["finished"] * 3
+    assert verify_checkpoint(str(read_run(tmp_path / "runs" / "tiny").checkpoint)) == []
 
 
 def test_an_interrupt_waits_for_the_save_that_goes_on(tmp_path):

@@ -50,10 +50,11 @@ def announce(kind, **fields):
     return None
 
 
-def save(rank, size, run, attempt, step):
+def save(rank, size, run, attempt, step, in_place=False):
     values = tensors(step)
     source = functools.partial(sharded, values, rank, size)
-    writer = CheckpointWriter(str(run), attempt, announce, Peers(rank, size), max_file_bytes=300_000)
+    peers = Peers(rank, size)
+    writer = CheckpointWriter(str(run), attempt, announce, peers, max_file_bytes=300_000, in_place=in_place)
     parts = {"model": source, "exp_avg": source}
     return writer.save(step, Content(parts, {"config.json": b"{}"}, {"step": step}))
 
@@ -70,10 +71,11 @@ def read_shares(rank, size, folder):
 
 def test_every_world_size_writes_the_same_bytes_and_reads_those_of_another(tmp_path):
     expected = None
-    for size in (1, 2, 3, 4):
-        records = run_distributed(save, size, tmp_path / str(size), 1, 5)
+    for size, in_place in [(1, False), (2, False), (2, True), (3, True), (3, False), (4, False), (1, True)]:
+        run = tmp_path / f"{size}{'-in-place' * in_place}"
+        records = run_distributed(save, size, run, 1, 5, in_place)
         assert [record.directory for record in records] == ["step-000005.a1"] * size
-        folder = tmp_path / str(size) / "step-000005.a1"
+        folder = run / "step-000005.a1"
         assert verify_checkpoint(str(folder)) == []
         expected = expected or contents(folder)
         assert contents(folder) == expected
@@ -100,28 +102,57 @@ def resident_bytes(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def growth_of_a_save(rank, size, run):
+def growth_of_a_save(rank, size, run, in_place):
     # glibc's mallopt(M_MMAP_THRESHOLD): freed tensors go back to the system, so that what is held is what is seen.
     ctypes.CDLL(None).mallopt(-3, 2**20)
-    save(rank, size, f"{run}/small", 1, 1)  # whatever is imported or set up once
-    writer = CheckpointWriter(run, 1, announce, Peers(rank, size), max_file_bytes=TENSOR_BYTES)
+    save(rank, size, f"{run}/small", 1, 1, in_place)  # whatever is imported or set up once
+    writer = CheckpointWriter(run, 1, announce, Peers(rank, size), max_file_bytes=TENSOR_BYTES, in_place=in_place)
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to now (proc(5))
     writer.save(1, Content({"model": lambda: big(rank, size)}))
     return resident_bytes("VmHWM") - before
 
 
-def test_a_rank_needs_memory_for_two_tensors_and_never_for_a_model(tmp_path):
-    growths = run_distributed(growth_of_a_save, 2, str(tmp_path))
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_rank_needs_memory_for_two_tensors_and_never_for_a_model(tmp_path, in_place):
+    growths = run_distributed(growth_of_a_save, 2, str(tmp_path), in_place)
     assert verify_checkpoint(str(tmp_path / "step-000001.a1")) == []
     # On top of two tensors come chunks that wait for storage or the network; the model is six.
     assert max(growths) < 2 * TENSOR_BYTES + 32 * 2**20, growths
 
 
+def live(values, rank, size):
+    """The rank's half of fp32 masters, published as bf16: cast on the way."""
+    for name, tensor in values.items():
+        ranges = shares(tensor.numel(), rank, size)
+        yield Fragment(TensorSpec(name, tuple(tensor.shape), "BF16"), ranges, tensor[ranges[0][0] : ranges[0][1]])
+
+
+def growth_beside_live_masters(rank, size, run, in_place):
+    ctypes.CDLL(None).mallopt(-3, 2**20)
+    values = {f"w{i}": torch.full((48 * 2**20,), 1.0 + i) for i in range(3)}
+    save(rank, size, f"{run}/small", 1, 1, in_place)
+    writer = CheckpointWriter(run, 1, announce, Peers(rank, size), in_place=in_place)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    writer.save(1, Content({"model": lambda: live(values, rank, size)}))
+    return resident_bytes("VmHWM") - before
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_save_of_live_masters_takes_at_most_64_mb(tmp_path, in_place):
+    """Not even one tensor (96 MiB as published) is copied as a whole."""
+    growths = run_distributed(growth_beside_live_masters, 2, str(tmp_path), in_place)
+    assert max(growths) < 64 * 2**20, growths
+    read = CheckpointReader(str(tmp_path / "step-000001.a1"))
+    assert [read.read(f"w{i}", [(10**7, 10**7 + 3)]).tolist() for i in range(3)] == [[1.0 + i] * 3 for i in range(3)]
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 WATCHED = {
-    storage: ("write_bytes", "read_range", "read_bytes", "open_write", "create_exclusive", "info"),
+    storage: ("write_bytes", "read_range", "read_bytes", "open_write", "create_exclusive", "info", "make_file"),
+    storage.RangeFile: ("write", "close"),
     Peers: ("gather", "send", "receive"),
 }
 
@@ -149,33 +180,35 @@ def counted(kill_at):
     return calls
 
 
-def save_until_killed(rank, size, run, attempt, step, victim, kill_at):
+def save_until_killed(rank, size, run, attempt, step, victim, kill_at, in_place=False):
     calls = counted(kill_at if rank == victim else None)
-    save(rank, size, run, attempt, step)
+    save(rank, size, run, attempt, step, in_place)
     return calls
 
 
 @pytest.fixture(scope="module")
-def calls_of_a_save(tmp_path_factory):
-    """What each of three ranks calls in an undisturbed save."""
-    return run_distributed(save_until_killed, 3, tmp_path_factory.mktemp("run"), 1, 5, None, None)
+def calls_of_saves(tmp_path_factory):
+    """What each of three ranks calls in an undisturbed save, by whether it is in place."""
+    folders = {in_place: tmp_path_factory.mktemp("run") for in_place in (False, True)}
+    return {p: run_distributed(save_until_killed, 3, f, 1, 5, None, None, p) for p, f in folders.items()}
 
 
 def pytest_generate_tests(metafunc):
     if "moment" in metafunc.fixturenames:
         draw = random.Random(7)
-        metafunc.parametrize("moment", [round(draw.random(), 3) for _ in range(6)])
+        drawn = [(round(draw.random(), 3), number % 2 == 1) for number in range(8)]
+        metafunc.parametrize(("moment", "in_place"), drawn)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_kill_at_any_moment_of_a_save_leaves_the_last_commit(tmp_path, calls_of_a_save, victim, moment):
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_commit(tmp_path, calls_of_saves, victim, moment, in_place):
     run_distributed(save, 3, tmp_path, 1, 5)
     before = contents(tmp_path / "step-000005.a1")
     # Rank 0's last calls come after its commit: the record exists then, and that is right.
-    calls = calls_of_a_save[victim]
+    calls = calls_of_saves[in_place][victim]
     last = calls.index("create_exclusive") + 1 if victim == 0 else len(calls) - 2
     kill_at = 1 + int(moment * last)
-    outcomes = start_distributed(save_until_killed, 3, tmp_path, 1, 10, victim, kill_at).join()
+    outcomes = start_distributed(save_until_killed, 3, tmp_path, 1, 10, victim, kill_at, in_place).join()
     assert outcomes[victim].exit_code == -signal.SIGKILL
     assert all(outcome.error is not None for outcome in outcomes)
     assert [record.step for record in list_commits(str(tmp_path), pytest.fail)] == [5]
@@ -188,8 +221,9 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_commit(tmp_path, calls_o
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_kill_at_the_commit_itself(tmp_path, calls_of_a_save, victim):
+def test_a_kill_at_the_commit_itself(tmp_path, calls_of_saves, victim):
     """The last call before the record exists, and the first after it."""
+    calls_of_a_save = calls_of_saves[False]
     calls = calls_of_a_save[victim]
     kill_at = calls.index("create_exclusive") + 1 if victim == 0 else len(calls) - 2
     start_distributed(save_until_killed, 3, tmp_path, 1, 5, victim, kill_at).join()

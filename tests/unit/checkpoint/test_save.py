@@ -135,6 +135,7 @@ def test_of_two_attempts_at_once_one_wins_and_the_other_says_so(tmp_path, thread
     monkeypatch.setattr(module, "sample_problems", other_first)
     (record,) = save(tmp_path, threads, fragmented, size=1, attempt=2, events=events)
     assert record.attempt == 1
+    assert not (tmp_path / "step-000005.a2").exists()
     assert [(event["kind"], event["attempt_kept"]) for event in events] == [("checkpoint_kept", 1)]
 
 
@@ -149,6 +150,8 @@ def test_a_failed_save_is_not_committed_and_can_be_tried_again(tmp_path, fragmen
         patch.setattr(storage, "write_bytes", full)
         with pytest.raises(UserError, match="no space"):
             writer.save(5, content_of(fragments))
+    assert not (tmp_path / "step-000005.a1").exists()
+    (tmp_path / "step-000005.a1").mkdir()
     (tmp_path / "step-000005.a1" / "left-over").write_bytes(b"")
     assert list_commits(str(tmp_path), pytest.fail) == []
     assert writer.save(5, content_of(fragments)).step == 5

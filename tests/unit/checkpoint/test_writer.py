@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ftlaunch.distributed import storage
 from ftlaunch.distributed.checkpoint import reader as reader_module
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
+from ftlaunch.distributed.checkpoint.in_place import save_part_in_place
 from ftlaunch.distributed.checkpoint.layout import plan_files, read_header
 from ftlaunch.distributed.checkpoint.parts import plan_part
 from ftlaunch.distributed.checkpoint.peers import Peers
@@ -35,13 +36,14 @@ def build(described):
     }
 
 
-def save(fragments, folder, threads, stem="model", max_file_bytes=200):
+def save(fragments, folder, threads, stem="model", max_file_bytes=200, *, in_place=False):
     """Save what each rank holds, in chunks so small that tensors of a few elements have several."""
 
     def work(peers):
         source = fragments[peers.rank].__iter__
-        plan = replace(plan_part(source, stem, peers, max_file_bytes=max_file_bytes), chunk_bytes=16)
-        return save_part(source, str(folder), plan, peers)
+        plan = plan_part(source, stem, peers, max_file_bytes=max_file_bytes, in_place=in_place)
+        write = save_part_in_place if in_place else save_part
+        return write(source, str(folder), replace(plan, chunk_bytes=16), peers)
 
     return threads(len(fragments), work)
 
@@ -58,14 +60,22 @@ def test_any_fragmentation_gives_the_same_bytes(threads, fragmented, described, 
         save(fragmented(tensors, 1, 0), alone, threads)
         results, _ = save(fragmented(tensors, size, seed), together, threads)
         assert all(isinstance(records, list) for records in results), results
-        assert contents(alone) == contents(together)
+        expected = contents(alone)
+        assert contents(together) == expected
         loaded = {}
         for path in Path(together).iterdir():
             loaded |= safetensors.torch.load_file(path)
         assert {n: t.dtype for n, t in loaded.items()} == {n: t.dtype for n, t in tensors.items()}
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-        records = [record for ranks in results for record in ranks]
-        assert {record.path: record.size for record in records} == {n: len(c) for n, c in contents(alone).items()}
+        records = {record.path: record for ranks in results for record in ranks}
+        assert {name: record.size for name, record in records.items()} == {
+            n: len(c) for n, c in contents(alone).items()
+        }
+    with TemporaryDirectory() as in_place:
+        results, _ = save(fragmented(tensors, size, seed), in_place, threads, in_place=True)
+        assert all(isinstance(records, list) for records in results), results
+        assert contents(in_place) == expected
+        assert {record.path: record for ranks in results for record in ranks} == records
 
 
 @settings(max_examples=40)
