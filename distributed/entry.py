@@ -44,6 +44,7 @@ from .metrics import Recorder
 from .model import BuiltModel, build_model
 from .model_files import ModelFolder, find_model, is_hub_id
 from .monitor import Monitor, PlainMonitor
+from .optimizers.table import layout_note
 from .probes import check_packing, check_positions, choose_attention, choose_head
 from .published import base_of, published_files, read_base
 from .run_data import RunData, open_data
@@ -310,7 +311,7 @@ def _probe(recipe: Recipe, built: BuiltModel, engine: Engine, group: Group, reco
         attention = choose_attention(engine.module, built.loss_model, group, recipe.data.sequence_length)
     head = choose_head(engine.module, built.loss_model, group, text_config.vocab_size, recipe.model.dtype)
     if recorder:
-        for note in filter(None, (beyond, attention, head)):
+        for note in filter(None, (beyond, attention, head, layout_note(recipe.train))):
             recorder.message(note, level="warning")
     if packing:
         check_packing(

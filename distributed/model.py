@@ -31,13 +31,15 @@ class BuiltModel:
 
     `published` maps a parameter's name inside `loss_model` to its name in checkpoint files, in checkpoint order; with
     an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
-    `shapes` are those of whole parameters, which a strategy may hold flat. Tied parameters appear once.
+    `shapes` are those of whole parameters, which a strategy may hold flat; `tables` the names of embeddings and heads,
+    which some optimizers treat otherwise. Tied parameters appear once.
     """
 
     loss_model: LossModel
     published: dict[str, str]
     base: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    tables: frozenset[str]
     has_adapter: bool
 
     @property
@@ -68,7 +70,15 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in loss_model.named_parameters()}
     base = {name: base_name(name) for name in shapes if not is_adapter_tensor(name)}
     published = {name: adapter_name(name) for name in shapes if is_adapter_tensor(name)} if has_adapter else base
-    return BuiltModel(loss_model, published, base, shapes, has_adapter)
+    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), has_adapter)
+
+
+def _tables(loss_model: LossModel) -> frozenset[str]:
+    head = loss_model.causal_lm.get_output_embeddings()
+    found = (module for module in loss_model.modules() if isinstance(module, nn.Embedding) or module is head)
+    held = {id(parameter) for module in found for parameter in module.parameters()}
+    named = loss_model.named_parameters()
+    return frozenset(name for name, p in named if id(p) in held or ".lora_embedding_" in name)
 
 
 def _structure(recipe: Recipe, folder: ModelFolder) -> Any:

@@ -14,6 +14,8 @@ from ..distributed import storage
 from ..distributed.checkpoint.fragments import TensorSpec
 from ..distributed.checkpoint.layout import FileSet, num_elements, open_folder, plan_files
 from ..distributed.model_files import HUB_ID, find_model
+from ..distributed.optimizers.state import BYTES as BYTES_OF_STATE
+from ..distributed.optimizers.state import STATE
 from ..distributed.save_mode import ROOM
 from ..recipes.errors import UserError
 from ..recipes.schema import Ddp, LocalCluster, Lora, Model, Recipe
@@ -172,9 +174,9 @@ def plan_checkpoint(recipe: Recipe, model: ModelPlan) -> tuple[PlannedFile, ...]
     frozen = [spec.name for spec in model.stored if spec.name not in trained]
     files = [PlannedFile(file.name, file.size) for file in plan_files(model.stored, stem=stem, frozen=frozen).files]
     master = [] if recipe.model.dtype == "float32" else ["master"]  # fp32 weights are their own master copy
-    wide = [TensorSpec(spec.name, spec.shape, "F32") for spec in model.trained]
-    for part in [*master, "exp_avg", "exp_avg_sq"]:
-        files += [PlannedFile(f"training/{file.name}", file.size) for file in plan_files(wide, stem=part).files]
+    parts = {part: [TensorSpec(spec.name, spec.shape, "F32") for spec in model.trained] for part in master}
+    for part, tensors in {**parts, **_optimizer_state(recipe, model)}.items():
+        files += [PlannedFile(f"training/{file.name}", file.size) for file in plan_files(tensors, stem=part).files]
     return tuple(files)
 
 
@@ -186,6 +188,16 @@ def plan_saving(recipe: Recipe, files: Sequence[PlannedFile], nodes: int, machin
     return SavePlan(mode, 0 if mode == "sync" else -(-total // nodes))
 
 
+def _optimizer_state(recipe: Recipe, model: ModelPlan) -> dict[str, list[TensorSpec]]:
+    """The tensors of each part of the optimizer's state."""
+    parts: dict[str, list[TensorSpec]] = {}
+    for spec in model.trained:
+        is_table = bool(EMBEDDINGS.search(spec.name) or HEADS.search(spec.name))
+        for part, shape in STATE[recipe.train.optimizer](spec.shape, is_table).items():
+            parts.setdefault(part, []).append(TensorSpec(spec.name, shape, "F32"))
+    return parts
+
+
 def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int) -> MemoryPlan | Unknown:
     """About how much one rank needs. Sharded: everything but the block at work and the activations by `ranks`."""
     if not model.hidden_size or not model.num_layers:
@@ -194,10 +206,11 @@ def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int) -> MemoryPlan | Un
     width = BYTES[recipe.model.dtype]
     frozen = model.parameters - model.trainable
     block = max(_block_sizes(model, recipe), default=0)
+    state = sum(num_elements(spec) for part in _optimizer_state(recipe, model).values() for spec in part)
     return MemoryPlan(
         weights=math.ceil((4 * model.trainable + width * frozen) / shards),
         gradients=math.ceil(4 * model.trainable / shards),
-        optimizer=math.ceil(8 * model.trainable / shards),
+        optimizer=math.ceil(BYTES_OF_STATE[recipe.train.optimizer] * state / shards),
         gathered=2 * width * block,  # the block at work and the one that is fetched ahead
         activations=_activations(recipe, model),
     )

@@ -14,7 +14,7 @@ from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .formats import READ_BY
 from .naming import eval_names, source_names
 from .problems import Problem
-from .schema import EvalSplit, Lora, Recipe, Source
+from .schema import EvalSplit, Lora, Recipe, Source, Train
 
 _LOW_ADAPTER_RATE = 5e-5
 _HIGH_FULL_RATE = 2e-4
@@ -111,6 +111,13 @@ def micro_batch_within_global(recipe: Recipe) -> Iterator[Problem]:
     if micro > batch:
         message = f"{micro} is above global_batch_size ({batch})"
         yield Problem("train.micro_batch_size", message, "lower it, or raise global_batch_size")
+
+
+def betas_of_adamw(recipe: Recipe) -> Iterator[Problem]:
+    """Adafactor has no first moment, and a decay rate and an epsilon of its own."""
+    for key in ("betas", "eps") if recipe.train.optimizer == "adafactor" else ():
+        if getattr(recipe.train, key) != Train.model_fields[key].default:
+            yield Problem(f"train.{key}", "means nothing to adafactor", "leave it out, or take optimizer: adamw")
 
 
 def layers_without_adapter(recipe: Recipe) -> Iterator[Problem]:
@@ -225,6 +232,7 @@ CHECKS: tuple[Check, ...] = (
     Check(warmup_leaves_room_for_decay, ("train",)),
     Check(streams_divide_batch, ("data", "train")),
     Check(micro_batch_within_global, ("train",)),
+    Check(betas_of_adamw, ("train",)),
     Check(layers_without_adapter, ("model", "adapter")),
     Check(adapter_on_pretrained, ("model", "adapter")),
     Check(target_spelling, ("adapter",)),

@@ -69,7 +69,7 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "lr_scheduler_kwargs": ("", "set train.min_lr_ratio, train.warmup_ratio or train.decay_ratio"),
     "warmup": ("train.warmup_steps", "or train.warmup_ratio"),
     "num_warmup_steps": ("train.warmup_steps", "steps over which the rate rises"),
-    "optim": ("train.optimizer", "adamw"),
+    "optim": ("train.optimizer", "adamw, adamw_8bit, adafactor or muon"),
     "adam_beta1": ("train.betas", "a list of two numbers"),
     "adam_beta2": ("train.betas", "a list of two numbers"),
     "adam_epsilon": ("train.eps", "AdamW's epsilon"),

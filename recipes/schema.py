@@ -221,10 +221,12 @@ class Train(Section):
     """wsd only: share of the run over which the rate falls."""
     min_lr_ratio: Fraction = 0.0
     """Final rate as a share of the peak (linear, cosine, wsd)."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), fused."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
+    """`adamw`: 8 bytes of state a parameter. `adamw_8bit`: 2, through bitsandbytes. `adafactor`: next to none, no
+    first moment (Shazeer & Stern 2018). `muon`: 4 for hidden matrices, which it makes orthogonal (Jordan et al. 2024);
+    AdamW for embeddings, head and vectors, with one learning rate for both."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates; Muon's momentum is 0.95."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     parts: Sequence[str]
     """What `fragments` and `load` know: "model" (published dtype and names), and for resuming "master" (fp32, only
-    where it says more than "model"), "exp_avg", "exp_avg_sq"."""
+    where it says more than "model") and the optimizer's own ("exp_avg", ...: `optimizers/state.py`)."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Peak rate times schedule, for the coming step."""

@@ -1,7 +1,7 @@
 """FSDP2: parameters, gradients and optimizer state sharded per block; `ddp` is the same on an (N, 1) mesh.
 
 Gradients are summed over ranks (never averaged), because the loop divides by one global weight. The optimizer works on
-plain local shards: AdamW is elementwise, and DTensor's dispatch would cost more than the update of a small model.
+plain local shards (`optimizers/base.py`): DTensor's dispatch would cost more than the update of a small model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from ...recipes.schema import Fsdp, Recipe
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
 from ..model import DTYPES, BuiltModel
+from ..optimizers.base import Piece, Shard, ShardGroup
+from ..optimizers.table import build_optimizer
 from ..world import World
-from .optimizer import adamw_groups
 
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FsdpEngine:
@@ -42,17 +41,19 @@ class FsdpEngine:
         self._materialise()
         self._parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
         self._shadows = {n: _shadow(p) for n, p in self._parameters.items() if p.requires_grad}
-        self._trainable = {n: p for n, p in self._shadows.items() if p.numel()}
-        self._optimizer = torch.optim.AdamW(
-            adamw_groups(self._trainable, {n: p.ndim for n, p in self._parameters.items()}, recipe.train),
-            lr=recipe.train.learning_rate,
-            betas=recipe.train.betas,
-            eps=recipe.train.eps,
-            fused=True,
-        )
-        self._create_moments()
+        self._optimizer = build_optimizer([self._shard_of(n) for n in self._shadows], recipe.train, self._shard_group())
         master = [] if self._dtype == torch.float32 else ["master"]
-        self.parts = ("model", *master, *MOMENTS)
+        self.parts = ("model", *master, *self._optimizer.parts)
+
+    def _shard_of(self, name: str) -> Shard:
+        start, stop = _local_range(self._parameters[name])
+        return Shard(
+            name, self._shadows[name], self._built.shapes[name], start, stop, is_table=name in self._built.tables
+        )
+
+    def _shard_group(self) -> ShardGroup:
+        axis = self._mesh.ndim - 1
+        return ShardGroup(self._mesh.shape[axis], self._mesh.get_local_rank(axis), self._mesh.get_group(axis))
 
     def _materialise(self) -> None:
         """Memory for this rank's shards, then the values that no file holds."""
@@ -71,18 +72,8 @@ class FsdpEngine:
         with torch.no_grad():
             local.copy_(whole.flatten()[start:stop].view(local.shape))
 
-    def _create_moments(self) -> None:
-        # Eagerly, so that a checkpoint before the first step looks like every other one.
-        for shadow in self._trainable.values():
-            self._optimizer.state[shadow] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self._device),
-                "exp_avg": torch.zeros_like(shadow),
-                "exp_avg_sq": torch.zeros_like(shadow),
-            }
-
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        self._optimizer.set_learning_rate(learning_rate)
 
     def backward(self, loss_sum: Tensor, weight_total: float, *, last_micro_batch: bool) -> None:
         # FSDP2 reduces every micro-batch: accumulating unreduced gradients would keep a full copy on every rank.
@@ -102,9 +93,9 @@ class FsdpEngine:
 
     def _bind_gradients(self) -> Iterator[nn.Parameter]:
         """Point the optimizer's parameters at the shards as they lie now: FSDP2 may re-pad a shard's storage."""
-        for name, shadow in self._trainable.items():
+        for name, shadow in self._shadows.items():
             parameter = self._parameters[name]
-            if parameter.grad is not None:
+            if parameter.grad is not None and shadow.numel():
                 shadow.data = _local(parameter)
                 shadow.grad = _local(parameter.grad)
                 yield shadow
@@ -122,56 +113,60 @@ class FsdpEngine:
             nn.utils.clip_grads_with_norm_(shadows, limit, norm)
 
     def fragments(self, part: str) -> Iterator[Fragment]:
-        for name, published in self._stored(part):
-            parameter = self._parameters[name]
-            values = self._values(part, name)
-            start, stop = _local_range(parameter)
+        pieces = self._pieces(part)
+        for name, published in self._built.published.items():
+            if name not in pieces:
+                continue
+            shape, start, stop = pieces[name]
+            values = self._values(part, name, empty=start == stop)
             dtype = self._dtype if part == "model" else values.dtype
-            spec = TensorSpec(published, tuple(parameter.shape), SAFETENSORS_DTYPES[dtype])
+            spec = TensorSpec(published, tuple(shape), SAFETENSORS_DTYPES[dtype])
             ranges = ((start, stop),) if stop > start else ()
             yield Fragment(spec, ranges, values.flatten(), replicas=self._replicas)
 
-    def _stored(self, part: str) -> Iterator[tuple[str, str]]:
-        """(name in the module, name in files) of the tensors of a part."""
-        for name, published in self._built.published.items():
-            if part == "model" or name in self._shadows:
-                yield name, published
+    def _pieces(self, part: str) -> Mapping[str, Piece]:
+        """What this rank holds of a part, by name in the module."""
+        if part in self._optimizer.parts:
+            return self._optimizer.pieces(part)
+        names = self._built.published if part == "model" else self._shadows
+        return {name: Piece(self._built.shapes[name], *_local_range(self._parameters[name])) for name in names}
 
-    def _values(self, part: str, name: str) -> Tensor:
+    def _values(self, part: str, name: str, *, empty: bool) -> Tensor:
         """This rank's values of one tensor of a part, as they are: whoever stores them casts chunk by chunk."""
-        if part in MOMENTS:
-            shadow = self._shadows[name]
-            return self._optimizer.state[shadow][part] if shadow.numel() else shadow.detach()
+        if part in self._optimizer.parts:
+            return torch.empty(0) if empty else self._optimizer.read(part, name)
         return _local(self._parameters[name]).detach()
 
     def load(self, part: str, reader: FragmentReader) -> None:
-        for name, published in self._stored(part):
-            self._load_tensor(part, name, published, reader)
+        for name, (_, start, stop) in self._pieces(part).items():
+            stored = self._built.published[name]
+            if part not in self._optimizer.parts:
+                self._load_tensor(name, stored, reader)
+            elif stop > start:
+                self._optimizer.write(part, name, reader.read(stored, ((start, stop),)))
 
     def load_base(self, reader: FragmentReader) -> None:
         """Fill the base model's tensors from a model folder; copies that are trained whole start from it too."""
         for name, stored in self._built.base.items():
-            self._load_tensor("model", name, stored, reader)
+            self._load_tensor(name, stored, reader)
         for name in self._built.new_tensors():
             if (source := self._built.copied_from(name)) is not None:
-                self._load_tensor("model", name, source, reader)
+                self._load_tensor(name, source, reader)
 
-    def _load_tensor(self, part: str, name: str, stored: str, reader: FragmentReader) -> None:
+    def _load_tensor(self, name: str, stored: str, reader: FragmentReader) -> None:
         start, stop = _local_range(self._parameters[name])
         if stop == start:
             return
-        target = self._optimizer.state[self._shadows[name]][part] if part in MOMENTS else _local(self._parameters[name])
+        target = _local(self._parameters[name])
         values = reader.read(stored, ((start, stop),))
         with torch.no_grad():
             target.copy_(values.view(target.shape))
 
     def optimizer_state(self) -> Mapping[str, Any]:
-        steps = [float(state["step"]) for state in self._optimizer.state.values()]
-        return {"step": max(steps, default=0.0)}
+        return {"step": float(self._optimizer.steps)}
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        for values in self._optimizer.state.values():
-            values["step"].fill_(state["step"])
+        self._optimizer.steps = int(state["step"])
 
 
 def prepare(built: BuiltModel, recipe: Recipe, world: World) -> FsdpEngine:

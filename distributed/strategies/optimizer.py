@@ -1,4 +1,4 @@
-"""Which tensors decay: the parameter groups that every strategy hands to its AdamW."""
+"""Which tensors decay: the parameter groups that every strategy hands to its optimizer."""
 
 from __future__ import annotations
 

@@ -267,6 +267,27 @@ def test_frozen_tensors_have_no_optimizer_state(place):
     assert sum(files.values()) < 14 * (PARAMETERS + 2000)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "parts", "bytes_per_weight"),
+    [
+        ("adamw", {"exp_avg", "exp_avg_sq"}, (8, 8)),
+        ("adamw_8bit", {"exp_avg", "exp_avg_sq"}, (2, 2.1)),
+        ("adafactor", {"exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}, (0.001, 1)),
+        ("muon", {"momentum_buffer", "exp_avg", "exp_avg_sq"}, (4, 8)),
+    ],
+)
+def test_an_optimizers_state_in_files_and_memory(place, optimizer, parts, bytes_per_weight):
+    one, plan = recipe(train={"optimizer": optimizer}), model_plan(place)
+    files = {file.name: file.bytes for file in plan_checkpoint(one, plan)}
+    state = {name for name in files if name.startswith("training/") and "master" not in name}
+    assert state == {f"training/{part}.safetensors" for part in parts}
+    low, high = bytes_per_weight
+    assert low * PARAMETERS <= plan_memory(one, plan, 1).optimizer <= high * PARAMETERS
+    if optimizer == "muon":  # hidden matrices and nothing else
+        hidden = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+        assert files["training/momentum_buffer.safetensors"] == pytest.approx(4 * hidden, abs=8000)
+
+
 def test_memory_is_sharded_by_fsdp_and_not_by_ddp(place):
     plan = model_plan(place)
     one, four = plan_memory(recipe(), plan, 1), plan_memory(recipe(), plan, 4)

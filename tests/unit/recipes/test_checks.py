@@ -70,6 +70,14 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"train": {"global_batch_size": 4, "micro_batch_size": 4}},
         )
     ],
+    "betas_of_adamw": [
+        (
+            {"train": {"optimizer": "adafactor", key: value}},
+            f"train.{key}",
+            {"train": {"optimizer": "muon", key: value}},
+        )
+        for key, value in (("betas", [0.9, 0.95]), ("eps", 1e-6))
+    ],
     "layers_without_adapter": [
         (
             {"model": {"path": "m", "train_layers": ["*"]}, "adapter": {}},
