@@ -101,7 +101,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         model=then(model, partial(_model_line, recipe)),
         checkpoint=files,
         saving=then(files, lambda all_: then(world, lambda known: plan_saving(recipe, all_, known.nodes, machine))),
-        memory=then(model, lambda known: then(world, lambda ranks: plan_memory(recipe, known, ranks.ranks))),
+        memory=then(model, lambda known: then(world, lambda on: plan_memory(recipe, known, on.ranks, on.nodes))),
         warnings=(*loaded.warnings, *_about(world, lambda known: world_warnings(recipe.cluster, known, machine))),
         problems=tuple(_about(world, lambda known: world_problems(recipe.cluster, known, machine))),
     )

@@ -274,9 +274,15 @@ class Ddp(Section):
 
 
 class Fsdp(Section):
-    """Parameters, gradients and optimizer state sharded over all ranks (FSDP2)."""
+    """Parameters, gradients and optimizer state sharded over ranks (FSDP2)."""
 
     type: Literal["fsdp"] = "fsdp"
+    shard: Literal["world", "node"] = "world"
+    """Over which ranks: all of them, or those of a node, so that weights travel within nodes only and each node holds
+    all of them (hybrid sharding)."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: parameters, gradients and optimizer state stay in the host's memory, where the update is made too. A GPU
+    then holds the block at work and the activations only, and steps are slow."""
     reshard_after_forward: bool = True
     """Free a block's gathered weights after its forward pass; off: more memory, one gather less a block."""
 

@@ -1,4 +1,5 @@
-"""FSDP2: parameters, gradients and optimizer state sharded per block; `ddp` is the same on an (N, 1) mesh.
+"""FSDP2: parameters, gradients and optimizer state sharded per block; `ddp` is the same on an (N, 1) mesh, hybrid
+sharding on a mesh of (nodes, ranks of a node).
 
 Gradients are summed over ranks (never averaged), because the loop divides by one global weight. The optimizer works on
 plain local shards (`optimizers/base.py`): DTensor's dispatch would cost more than the update of a small model.
@@ -13,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ...recipes.errors import UserError
 from ...recipes.schema import Fsdp, Recipe
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
@@ -34,6 +36,8 @@ class FsdpEngine:
     def __init__(self, built: BuiltModel, recipe: Recipe, world: World) -> None:
         self._built, self._recipe, self._world = built, recipe, world
         self._device = torch.device(world.device)
+        # Where shards lie and are updated.
+        self._home = torch.device("cpu") if _is_offloaded(recipe) else self._device
         self._dtype = DTYPES[recipe.model.dtype]
         self._mesh = _mesh(recipe, world)
         self._replicas = world.size // self._mesh.shape[-1]
@@ -57,7 +61,7 @@ class FsdpEngine:
 
     def _materialise(self) -> None:
         """Memory for this rank's shards, then the values that no file holds."""
-        self.module.to_empty(device=self._device)
+        self.module.to_empty(device=self._home)
         built, seed = self._built, self._recipe.train.seed
         if not isinstance(self.module, FSDPModule):
             built.loss_model.causal_lm.tie_weights()  # plain parameters have been replaced one by one
@@ -175,10 +179,32 @@ def prepare(built: BuiltModel, recipe: Recipe, world: World) -> FsdpEngine:
 
 
 def _mesh(recipe: Recipe, world: World) -> DeviceMesh:
+    """The last axis shards, one before it replicates."""
     kind = torch.device(world.device).type
     if recipe.strategy.type == "ddp":
         return init_device_mesh(kind, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+    if isinstance(recipe.strategy, Fsdp) and recipe.strategy.shard == "node":
+        return DeviceMesh(kind, _ranks_by_node(world), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+
+
+def _ranks_by_node(world: World) -> list[list[int]]:
+    """The ranks of each node. Raises UserError, on all ranks, where nodes run different numbers of them."""
+    places: list[Any] = [world.node_rank] * world.size
+    if world.size > 1:
+        dist.all_gather_object(places, world.node_rank)
+    nodes = [[rank for rank, place in enumerate(places) if place == node] for node in sorted(set(places))]
+    counts = sorted({len(ranks) for ranks in nodes})
+    if len(counts) > 1:
+        raise UserError(
+            f"strategy.shard: node needs the same number of ranks on every node; here it is {counts[0]} on some and "
+            f"{counts[-1]} on others. Take shard: world, or nodes that are alike."
+        )
+    return nodes
+
+
+def _is_offloaded(recipe: Recipe) -> bool:
+    return isinstance(recipe.strategy, Fsdp) and recipe.strategy.offload == "cpu"
 
 
 def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
@@ -187,21 +213,22 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
     A single rank in fp32 has nothing to shard and nothing to cast: there FSDP2 would only copy every weight in both
     directions of each step.
     """
-    dtype = DTYPES[recipe.model.dtype]
-    if mesh.size() == 1 and dtype == torch.float32:
+    dtype, is_offloaded = DTYPES[recipe.model.dtype], _is_offloaded(recipe)
+    if mesh.size() == 1 and dtype == torch.float32 and not is_offloaded:
         for block in _blocks(built) if recipe.train.compile else ():
             block.compile()
         return built.loss_model
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if is_offloaded else OffloadPolicy()
     reshard = recipe.strategy.reshard_after_forward if isinstance(recipe.strategy, Fsdp) else False
     for block in _blocks(built):
         if recipe.train.compile:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     root: nn.Module = built.loss_model
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -58,17 +58,24 @@ class QuietMonitor:
         return False
 
 
-def train_all(recipes: Sequence[dict[str, Any]], world_size: int = 1, timeout_s: float = 600.0) -> list[Trained]:
-    """Train recipes one after another on the same forked ranks. Each needs a `name` of its own."""
+def train_all(
+    recipes: Sequence[dict[str, Any]],
+    world_size: int = 1,
+    timeout_s: float = 600.0,
+    ranks_per_node: Sequence[int] | None = None,
+) -> list[Trained]:
+    """Train recipes one after another on the same forked ranks. Each needs a `name` of its own. Logical nodes: how many
+    ranks each has; None: one node for all."""
+    nodes = tuple(ranks_per_node or (world_size,))
     loaded = [LoadedRecipe(Recipe.model_validate(recipe), "test.yaml", (), ()) for recipe in recipes]
     with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
-        run_distributed(_train_as_rank, world_size, loaded, folder, timeout_s=timeout_s, connect=False)
+        run_distributed(_train_as_rank, world_size, loaded, folder, nodes, timeout_s=timeout_s, connect=False)
     return [read_run(Path(one.recipe.checkpoint.path) / one.recipe.name) for one in loaded]
 
 
-def train(recipe: dict[str, Any], world_size: int = 1) -> Trained:
+def train(recipe: dict[str, Any], world_size: int = 1, ranks_per_node: Sequence[int] | None = None) -> Trained:
     """Train one recipe."""
-    return train_all([recipe], world_size)[0]
+    return train_all([recipe], world_size, ranks_per_node=ranks_per_node)[0]
 
 
 def read_run(directory: Path) -> Trained:
@@ -77,7 +84,23 @@ def read_run(directory: Path) -> Trained:
     return Trained(directory, [json.loads(line) for file in files for line in file.read_text().splitlines()])
 
 
-def _train_as_rank(rank: int, size: int, recipes: Sequence[LoadedRecipe], folder: str) -> None:
-    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+def world_of(rank: int, ranks_per_node: Sequence[int]) -> World:
+    """A rank's place where nodes run so many ranks each."""
+    node = next(n for n in range(len(ranks_per_node)) if rank < sum(ranks_per_node[: n + 1]))
+    return World(
+        rank=rank,
+        size=sum(ranks_per_node),
+        local_rank=rank - sum(ranks_per_node[:node]),
+        local_size=ranks_per_node[node],
+        node_rank=node,
+        num_nodes=len(ranks_per_node),
+    )
+
+
+def _train_as_rank(
+    rank: int, size: int, recipes: Sequence[LoadedRecipe], folder: str, ranks_per_node: Sequence[int]
+) -> None:
+    assert size == sum(ranks_per_node)
+    world = world_of(rank, ranks_per_node)
     for number, loaded in enumerate(recipes):
         entry.run_rank(entry.Job(loaded, world, f"file://{folder}/{number}", QuietMonitor(), ("test",)))

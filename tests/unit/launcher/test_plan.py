@@ -298,6 +298,15 @@ def test_memory_is_sharded_by_fsdp_and_not_by_ddp(place):
     assert less.activations < one.activations
 
 
+def test_memory_under_hybrid_sharding_and_with_offload(place):
+    plan = model_plan(place)
+    two, hybrid = plan_memory(recipe(), plan, 2), recipe(strategy={"type": "fsdp", "shard": "node"})
+    assert plan_memory(hybrid, plan, 8, 4) == two
+    away = plan_memory(recipe(strategy={"type": "fsdp", "offload": "cpu"}), plan, 2)
+    assert (away.weights, away.gradients, away.optimizer) == (0, 0, 0)
+    assert (away.gathered, away.activations) == (two.gathered, two.activations)
+
+
 def test_memory_of_an_unusual_configuration_is_unknown(place):
     odd = {"model_type": "odd"}
     assert isinstance(plan_memory(recipe(), from_headers(recipe(), odd, open_folder(str(place / "base"))), 1), Unknown)

@@ -1,0 +1,146 @@
+"""Hybrid sharding by node, and shards in the host's memory: the same losses, one checkpoint, whatever lays it out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import RanksFailed, run_distributed
+from one_rank import Rank
+from safetensors.torch import load_file
+from tiny import recipe_for
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from training import Trained, train, train_all, world_of
+
+LOSS_TOLERANCE = 1e-5
+"""Relative; sums in another order. See `test_training_layout.py`, whose bounds these are."""
+
+NORM_TOLERANCE = 5e-5
+
+HYBRID = {"type": "fsdp", "shard": "node"}
+OFFLOAD = {"type": "fsdp", "offload": "cpu"}
+BOTH = {**HYBRID, **OFFLOAD, "reshard_after_forward": False}
+
+LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    # strategy; ranks of each node
+    "hybrid-2x1": (HYBRID, (1, 1)),
+    "hybrid-1x3": (HYBRID, (3,)),
+    "hybrid-2x2": (HYBRID, (2, 2)),
+    "offload-1": (OFFLOAD, (1,)),
+    "offload-3": (OFFLOAD, (3,)),
+    "both-2x2": (BOTH, (2, 2)),
+}
+
+
+def recipe(folder: Path, name: str, strategy: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Clipping, decay, a batch that 4 ranks do not divide, and shapes that 3 do not."""
+    train_for = {
+        "max_steps": 4,
+        "global_batch_size": 6,
+        "micro_batch_size": 1,
+        "max_grad_norm": 0.5,
+        "weight_decay": 0.1,
+        "lr_scheduler": "constant",
+        **changes.pop("train", {}),
+    }
+    return recipe_for(
+        folder,
+        name=name,
+        strategy=strategy or {"type": "fsdp"},
+        evaluate={"at_start": False, "at_end": False},
+        checkpoint={"every_steps": None},
+        train=train_for,
+        **changes,
+    )
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": {"type": "lora", "rank": 4, "alpha": 8}}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Trained]]:
+    """One rank, which shards nothing."""
+    folder = tmp_path_factory.mktemp("layouts")
+    settings = [recipe(folder, name, **changes) for name, changes in ADAPTERS.items()]
+    return folder, dict(zip(ADAPTERS, train_all(settings), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_does_not_depend_on_it(alone, layout):
+    folder, references = alone
+    strategy, nodes = LAYOUTS[layout]
+    settings = [recipe(folder, f"{layout}-{name}", strategy, **changes) for name, changes in ADAPTERS.items()]
+    runs = dict(zip(ADAPTERS, train_all(settings, sum(nodes), ranks_per_node=nodes), strict=True))
+    for name, run in runs.items():
+        reference = references[name]
+        assert run.losses == pytest.approx(reference.losses, rel=LOSS_TOLERANCE), name
+        assert run.grad_norms == pytest.approx(reference.grad_norms, rel=NORM_TOLERANCE), name
+    assert max(references["full"].grad_norms) > 0.5, "there is something to clip"
+
+
+def placed(rank: int, _size: int, settings: dict[str, Any], nodes: tuple[int, ...]) -> tuple[list[int], int, str]:
+    """The mesh's shape, the share of the weights that a rank holds in thousandths, and where."""
+    engine = Rank.build(settings, world_of(rank, nodes)).engine
+    parameters = [p for p in engine.module.parameters() if isinstance(p, DTensor)]
+    held, whole = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+    return list(parameters[0].device_mesh.shape), 1000 * held // whole, parameters[0].to_local().device.type
+
+
+def test_ranks_of_a_node_share_and_nodes_repeat(tmp_path):
+    for nodes, shape, share in (((2, 2), [2, 2], 500), ((1, 1, 1), [3, 1], 1000), ((3,), [1, 3], 333)):
+        for mesh, held, _ in run_distributed(placed, sum(nodes), recipe(tmp_path, "placed", HYBRID), nodes):
+            assert mesh == shape
+            assert held == pytest.approx(share, abs=30)
+
+
+def test_nodes_that_differ_are_refused_on_every_rank(tmp_path):
+    with pytest.raises(RanksFailed) as failed:
+        train(recipe(tmp_path, "uneven", HYBRID), 3, ranks_per_node=(2, 1))
+    assert str(failed.value).count("UserError: strategy.shard: node needs the same number of ranks on every node") == 3
+
+
+def stored(run: Trained) -> dict[str, Tensor]:
+    files = sorted(run.checkpoint.rglob("*.safetensors"))
+    return {f"{file.stem} {name}": value for file in files for name, value in load_file(file).items()}
+
+
+def test_a_run_moves_between_layouts(alone):
+    """hybrid, all ranks, ddp, host memory: weights and moments are those of one rank, and so is the loss."""
+    folder, _ = alone
+    tour = [(HYBRID, (2, 2)), ({"type": "fsdp"}, (3,)), ({"type": "ddp"}, (2,)), (OFFLOAD, (2,)), (HYBRID, (2, 2))]
+    for number, (strategy, nodes) in enumerate(tour, start=1):
+        settings = recipe(folder, "tour", strategy, train={"max_steps": number})
+        run = train(settings, sum(nodes), ranks_per_node=nodes)
+    whole = train(recipe(folder, "whole", train={"max_steps": len(tour)}))
+    assert run.losses == pytest.approx(whole.losses, rel=LOSS_TOLERANCE)
+    ours, theirs = stored(run), stored(whole)
+    assert ours.keys() == theirs.keys()
+    assert {name.split()[0] for name in ours} == {"model", "exp_avg", "exp_avg_sq"}
+    for name, value in theirs.items():
+        # Of the largest value. AdamW turns rounding of gradients near zero into changes of weights.
+        assert (ours[name] - value).abs().max() <= 2e-4 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_optimizers_that_look_at_whole_matrices(alone, optimizer):
+    """They talk to the ranks of their own node only."""
+    folder, _ = alone
+    changes = {"optimizer": optimizer, "learning_rate": 1e-3}
+    one = train(recipe(folder, f"{optimizer}-1", train=changes))
+    settings = recipe(folder, f"{optimizer}-both", BOTH, train=changes)
+    both = train(settings, 4, ranks_per_node=(2, 2))
+    # Muon computes in bf16 inside (`test_optimizers.py`).
+    assert both.losses == pytest.approx(one.losses, rel=1e-4 if optimizer == "muon" else LOSS_TOLERANCE)
+
+
+def test_bfloat16_in_the_hosts_memory(alone):
+    """Masters stay fp32 there; the very same numbers as without offload."""
+    folder, _ = alone
+    model = {"dtype": "bfloat16"}
+    here = train(recipe(folder, "bf16-here", model=model), 2)
+    away = train(recipe(folder, "bf16-away", OFFLOAD, model=model), 2)
+    assert away.losses == here.losses
+    assert torch.equal(*(stored(run)["master lm_head.weight"] for run in (here, away)))
