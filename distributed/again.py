@@ -8,7 +8,7 @@ from typing import Literal
 from ..recipes.compare import Change, Comparison, compare
 from ..recipes.load import parse_recipe_text
 from ..recipes.schema import Recipe
-from .checkpoint.commit import Report, latest
+from .checkpoint.commit import Report, latest_resumable
 from .run_directory import AttemptInfo, RunDirectory
 
 Action = Literal["new", "continue", "extend", "finished", "stop", "alive"]
@@ -55,7 +55,7 @@ def gather(run: RunDirectory, report: Report) -> Facts:
     text = run.read_recipe()
     if text is None:
         return Facts(alive=run.live_attempt())
-    newest = latest(run.url, report)
+    newest = latest_resumable(run.url, report)
     return Facts(
         recipe=parse_recipe_text(text, run.path("recipe.yaml")),
         step=newest.step if newest else None,

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema import Recipe
 from . import storage
-from .checkpoint.commit import CommitRecord, latest
+from .checkpoint.commit import CommitRecord, Report, latest, latest_resumable
 from .model_files import pinned_revision
 from .run_directory import RunDirectory
 
@@ -52,13 +53,27 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.
     storage.delete_tree(run.path("result.json"))
     notes: list[str] = []
-    resume = latest(run.url, notes.append)
+    resume = _where_to_go_on(run, notes.append)
     if resume is None:
         # Nothing depends on the facts of an attempt that saved nothing, and the recipe may have changed since.
         storage.delete_tree(run.path("facts.json"))
     facts = run.read_facts() or run.record_facts(_facts(recipe, world_size))
     started_at = datetime.fromisoformat(facts["started_at"])
     return Attempt(run, number, facts["streams"], started_at, resume, facts["model_revision"], tuple(notes))
+
+
+def _where_to_go_on(run: RunDirectory, report: Report) -> CommitRecord | None:
+    """The newest checkpoint with a training state. Raises UserError where only weights are left: beginning anew would
+    throw away what was trained."""
+    resume = latest_resumable(run.url, report)
+    weights = latest(run.url, lambda _: None) if resume is None else None
+    if weights is None:
+        return resume
+    raise UserError(
+        f"{run.url}: no checkpoint is left that training can go on from; that of step {weights.step} holds its weights "
+        "only (checkpoint.keep_training_state). Begin a new run on them, with --fresh and "
+        f"model.path={run.path(weights.directory)}."
+    )
 
 
 def _facts(recipe: Recipe, world_size: int) -> dict[str, Any]:

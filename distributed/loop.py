@@ -57,6 +57,8 @@ class StepTotals:
     read_bytes: int
     needed_bytes: int
     stop: bool
+    save: bool
+    """A save is due by the clock of rank 0."""
     data_wait_s: float
     """Until every rank had its data, as this rank saw it."""
 
@@ -95,7 +97,7 @@ def _steps(run: Run) -> str:
         _record(run, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})
         if _is_due(run.recipe.evaluate.every_steps, after.steps):
             run.evaluator.measure(after.steps)
-        if run.evaluator.has_new_best() or _is_due(run.recipe.checkpoint.every_steps, after.steps):
+        if run.evaluator.has_new_best() or totals.save or _is_due(run.recipe.checkpoint.every_steps, after.steps):
             run.saver.save(after)
         if totals.stop:
             return "interrupted"
@@ -138,15 +140,24 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
         step = run.stream.next_step()
         weight = sum(run.method.weight(micro.batch) for micro in step.micro_batches)
         counted = step.num_bins, step.num_tokens, step.served_bytes, step.read_bytes, step.needed_bytes
-        return step, [weight, *counted, run.monitor.stop_requested(), run.saver.has_failed]
+        is_late = run.group.world.is_main and run.saver.is_late()
+        return step, [weight, *counted, run.monitor.stop_requested(), is_late, run.saver.has_failed]
 
     watch = Stopwatch()
-    batches, [weight, *sums, stop, lost] = run.group.act_and_sum(read, width=8, doing="reading training data")
+    batches, [weight, *sums, stop, late, lost] = run.group.act_and_sum(read, width=9, doing="reading training data")
     if lost:
         run.saver.settle()
     num_bins, num_tokens, served_bytes, read_bytes, needed_bytes = map(int, sums)
     totals = StepTotals(
-        weight, num_bins, num_tokens, served_bytes, read_bytes, needed_bytes, stop=bool(stop), data_wait_s=watch.lap()
+        weight,
+        num_bins,
+        num_tokens,
+        served_bytes,
+        read_bytes,
+        needed_bytes,
+        stop=bool(stop),
+        save=bool(late),
+        data_wait_s=watch.lap(),
     )
     if totals.num_bins and not totals.weight:
         raise UserError(f"step {run.extent.steps + 1}: no token of the whole global batch is supervised.")

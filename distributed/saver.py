@@ -9,15 +9,17 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..recipes.naming import best_metric
 from ..recipes.schema import Recipe
 from . import storage
 from .background import Work
 from .checkpoint.commit import add_metrics
 from .checkpoint.content import Content
+from .checkpoint.manifest import STATE_PATH
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.retention import apply_retention
-from .checkpoint.save import STATE_PATH, CheckpointWriter, folder_of
+from .checkpoint.retention import Retention, apply_retention
+from .checkpoint.save import CheckpointWriter, folder_of
 from .checkpoint.staging import Staging
 from .data import counters
 from .data.stream import Stream
@@ -58,12 +60,13 @@ class Saver:
     last_step: int | None = None
     rejections: Rejections = field(default_factory=Rejections)
     _pending: _Pending | None = None
+    _since_save: Stopwatch = field(default_factory=Stopwatch)
 
     def save(self, extent: Extent, *, last: bool = False) -> None:
         """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is, but
         for losses that were measured since. With a `staging` only the copy is waited for. The `last` checkpoint of a
         run is always waited for, and its failure always raised."""
-        watch = Stopwatch()
+        self._since_save = watch = Stopwatch()
         self.settle()
         if extent.steps == self.last_step:
             self.group.from_main(partial(self._add_losses, extent.steps), "adding losses to the last checkpoint")
@@ -167,16 +170,26 @@ class Saver:
             metrics=self.evaluator.last if self.evaluator.last_step == state["extent"]["steps"] else {},
         )
 
+    def is_late(self) -> bool:
+        """Whether `every_minutes` have passed since the last save began, by this rank's clock."""
+        minutes = self.recipe.checkpoint.every_minutes
+        return minutes is not None and self._since_save.elapsed() >= 60 * minutes
+
     def _make_room(self, recorder: Recorder) -> None:
-        early = self.recipe.evaluate.early_stopping
         apply_retention(
             self.run.url,
-            keep_last=self.recipe.checkpoint.keep_last,
-            metric=early.metric if early else None,
+            retention_of(self.recipe),
             attempt=self.writer.attempt,
             alive=[attempt.number for attempt in self.run.live_attempts()],
             report=partial(recorder.message, level="warning"),
         )
+
+
+def retention_of(recipe: Recipe) -> Retention:
+    """What the recipe keeps."""
+    keep, metric = recipe.checkpoint, best_metric(recipe)
+    best = keep.keep_best if keep.keep_best is not None else int(recipe.evaluate.early_stopping is not None)
+    return Retention(keep.keep_last, keep.keep_every, best, metric, keep.keep_training_state)
 
 
 def parts_of(engine: Engine, *, has_adapter: bool) -> dict[str, Source]:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from ..distributed import storage
 from ..distributed.checkpoint.commit import CommitRecord, parse_reference, resolve
-from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Span, read_manifest
+from ..distributed.checkpoint.manifest import MANIFEST_NAME, TRAINING, FileRecord, Span, read_manifest
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import parse_recipe_text
 from . import units
 from .runs import find_run
 
-TRAINING = "training/"
 COPY_BYTES = 16 * 2**20
 CONNECTIONS = 8
 """Spans copied at once, each holding `COPY_BYTES`."""
@@ -56,7 +55,10 @@ def copy_checkpoint(source: str, folder: Path, *, training: bool, say: Say) -> i
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; pull into a new one")
-    files = [file for file in read_manifest(source).files if training or not file.path.startswith(TRAINING)]
+    manifest = read_manifest(source)
+    if training and not manifest.is_resumable:
+        raise UserError(f"{source} holds its weights only (checkpoint.keep_training_state): leave --training out.")
+    files = [file for file in manifest.files if training or not file.path.startswith(TRAINING)]
     _copy_files(source, files, folder, say)
     if training:  # whole, so that the folder is a checkpoint of its own
         (folder / MANIFEST_NAME).write_bytes(storage.read_bytes(storage.join(source, MANIFEST_NAME)))

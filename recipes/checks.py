@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .formats import READ_BY
-from .naming import eval_names, source_names
+from .naming import best_metric, eval_names, source_names
 from .problems import Problem
 from .schema import EvalSplit, Lora, Recipe, Source, Train
 
@@ -163,6 +163,17 @@ def adapter_within_the_weights(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("train.weight_decay", message, "leave it out, or take adapter.init: kaiming")
 
 
+def best_by_some_metric(recipe: Recipe) -> Iterator[Problem]:
+    """Which checkpoints are best must be told by one loss, which is measured now and then."""
+    if not recipe.checkpoint.keep_best:
+        return
+    if best_metric(recipe) is None:
+        remedy = "name one with evaluate.early_stopping.metric, or have one eval set in data.eval"
+        yield Problem("checkpoint.keep_best", "there is no single held-out loss to tell the best by", remedy)
+    elif recipe.evaluate.every_steps is None:
+        yield Problem("checkpoint.keep_best", "nothing is measured between the saves", "set evaluate.every_steps")
+
+
 def early_stopping_metric(recipe: Recipe) -> Iterator[Problem]:
     """The metric must be the loss of an eval set that exists."""
     stopping = recipe.evaluate.early_stopping
@@ -237,6 +248,7 @@ CHECKS: tuple[Check, ...] = (
     Check(adapter_on_pretrained, ("model", "adapter")),
     Check(target_spelling, ("adapter",)),
     Check(adapter_within_the_weights, ("adapter", "train")),
+    Check(best_by_some_metric, ("checkpoint", "evaluate", "data")),
     Check(early_stopping_metric, ("evaluate", "data")),
     Check(early_stopping_needs_steps, ("evaluate",)),
     Check(evaluation_has_data, ("evaluate", "data")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .schema import Data, EvalSplit, Source
+from .schema import Data, EvalSplit, Recipe, Source
 
 _SUFFIXES = re.compile(r"(\.(jsonl?|ndjson|parquet|pq|arrow|feather|csv|tsv|txt|md|gz|zst))+$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[\]{}]")
@@ -55,3 +55,11 @@ def eval_names(data: Data) -> tuple[str, ...]:
     """Names of the eval sets: those of the eval sources; with {fraction: …} one held-out set per training source,
     with that source's name."""
     return source_names(data.train if isinstance(data.eval, EvalSplit) else data.eval)
+
+
+def best_metric(recipe: Recipe) -> str | None:
+    """The held-out loss that tells which checkpoint is best: that of early stopping, or the only one there is."""
+    if recipe.evaluate.early_stopping is not None:
+        return recipe.evaluate.early_stopping.metric
+    names = eval_names(recipe.data)
+    return f"{names[0]}/loss" if len(names) == 1 else None

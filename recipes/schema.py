@@ -294,8 +294,18 @@ class Checkpoint(Section):
     """Folder or any fsspec URL; the run's own directory is PATH/NAME."""
     every_steps: PositiveInt | None = None
     """Optimizer steps between saves; None: only at the end, at an interrupt and with a new best."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after a save at which the next one is due, by rank 0's clock; with every_steps, whichever comes first."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept; the best one is kept besides."""
+    """Newest checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides are kept besides; None: none."""
+    keep_best: NonNegativeInt | None = None
+    """Checkpoints with the lowest held-out losses, kept besides, by evaluate.early_stopping.metric or the only eval
+    set's loss. None: 1 with early stopping, else 0."""
+    keep_training_state: PositiveInt = 1
+    """Newest checkpoints that keep what resuming needs (masters and moments, several times the weights' bytes); older
+    ones keep their weights only."""
     mode: Literal["auto", "async", "sync"] = "auto"
     """`async`: training waits for a copy to host memory, and goes on while that is written; `sync`: it waits for the
     whole save, which needs no memory. `auto`: async where the copies take at most half of each host's free memory."""

@@ -126,6 +126,15 @@ def latest(run_url: str, report: Report) -> CommitRecord | None:
     return next(usable(run_url, list_commits(run_url, report)[::-1], report), None)
 
 
+def latest_resumable(run_url: str, report: Report) -> CommitRecord | None:
+    """The newest usable commit that training can go on from."""
+    for record in usable(run_url, list_commits(run_url, report)[::-1], report):
+        if read_manifest(storage.join(run_url, record.directory)).is_resumable:
+            return record
+        report(f"checkpoint of step {record.step} holds its weights only: training cannot go on from it")
+    return None
+
+
 def ranked(records: Sequence[CommitRecord], metric: str) -> list[CommitRecord]:
     """The records that know `metric`, lowest first; of equal ones the earliest."""
     known = [record for record in records if metric in record.metrics]

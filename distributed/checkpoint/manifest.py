@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...recipes.errors import UserError
 from .. import storage
 
 MANIFEST_NAME = "MANIFEST.json"
+TRAINING = "training/"
+"""What lies below this is needed to resume, and for nothing else."""
+
+STATE_PATH = f"{TRAINING}state.json"
+
 FORMAT = 1
 """Version of the manifest and of the directory's layout; a reader refuses a newer one."""
 
@@ -40,6 +45,15 @@ class Manifest:
     step: int
     attempt: int
     files: tuple[FileRecord, ...]
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it; else it holds its weights only."""
+        return any(file.path == STATE_PATH for file in self.files)
+
+    def weights_only(self) -> Manifest:
+        """What is left without the training state."""
+        return replace(self, files=tuple(file for file in self.files if not file.path.startswith(TRAINING)))
 
     def to_bytes(self) -> bytes:
         """As it is stored."""

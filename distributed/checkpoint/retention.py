@@ -5,16 +5,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from .. import storage
 from .commit import CommitRecord, Report, commit_url, directory_problem, list_commits, ranked
+from .manifest import MANIFEST_NAME, TRAINING, read_manifest
 
 
-def steps_to_keep(records: Sequence[CommitRecord], *, keep_last: int, metric: str | None) -> set[int]:
-    """The newest `keep_last` steps, and the best one by `metric`."""
-    newest = sorted(record.step for record in records)[-keep_last:]
-    best = [] if metric is None else [record.step for record in ranked(records, metric)[:1]]
-    return {*newest, *best}
+@dataclass(frozen=True)
+class Retention:
+    """The newest `last` stay, steps that `every` divides, and the `best` by `metric`; of them the newest `resumable`
+    with their training state."""
+
+    last: int = 2
+    every: int | None = None
+    best: int = 0
+    metric: str | None = None
+    resumable: int = 1
+
+    def steps(self, records: Sequence[CommitRecord]) -> set[int]:
+        """The steps that stay."""
+        newest = sorted(record.step for record in records)[-self.last :]
+        multiples = [record.step for record in records if self.every and record.step % self.every == 0]
+        best = [record.step for record in ranked(records, self.metric)[: self.best]] if self.metric else []
+        return {*newest, *multiples, *best}
 
 
 def orphans(
@@ -28,16 +42,16 @@ def orphans(
 
 
 def apply_retention(
-    run_url: str, *, keep_last: int, metric: str | None, attempt: int, alive: Collection[int], report: Report
+    run_url: str, retention: Retention, *, attempt: int, alive: Collection[int], report: Report
 ) -> list[str]:
     """Delete what need not stay; returns the names of the directories that went. For one rank only.
 
-    Only what could be resumed counts as kept: records of damaged or deleted directories would push whole checkpoints
+    Only what could be used counts as kept: records of damaged or deleted directories would push whole checkpoints
     out. They stay as they are, for the user to look at."""
     names = storage.list_names(run_url)  # before the records: what is committed in between is not an orphan
     records = list_commits(run_url, report)
     whole = [record for record in records if directory_problem(run_url, record) is None]
-    keep = steps_to_keep(whole, keep_last=keep_last, metric=metric)
+    keep = retention.steps(whole)
     gone = orphans(names, records, attempt=attempt, alive=alive)
     for record in whole:
         if record.step not in keep:
@@ -45,4 +59,19 @@ def apply_retention(
             gone.append(record.directory)
     for name in gone:
         storage.delete_tree(storage.join(run_url, name))
+    _drop_training_state(run_url, [record for record in whole if record.step in keep], retention.resumable)
     return gone
+
+
+def _drop_training_state(run_url: str, records: Sequence[CommitRecord], keep: int) -> None:
+    """All but the newest that can be resumed keep their weights only. First the manifest no longer names the files:
+    after a crash in between some lie there that nobody asks for, and the checkpoint is whole."""
+    resumable = 0
+    for record in sorted(records, key=lambda record: record.step, reverse=True):
+        directory = storage.join(run_url, record.directory)
+        manifest = read_manifest(directory)
+        resumable += manifest.is_resumable
+        if resumable > keep and manifest.is_resumable:
+            storage.write_bytes(storage.join(directory, MANIFEST_NAME), manifest.weights_only().to_bytes())
+        if resumable > keep or not manifest.is_resumable:
+            storage.delete_tree(storage.join(directory, TRAINING))

@@ -14,7 +14,7 @@ from .commit import CommitRecord, commit, commit_url, directory_name, directory_
 from .content import Content
 from .in_place import save_part_in_place
 from .layout import MAX_FILE_BYTES
-from .manifest import MANIFEST_NAME, FileRecord, Manifest, record_bytes
+from .manifest import MANIFEST_NAME, STATE_PATH, TRAINING, FileRecord, Manifest, record_bytes
 from .parts import PartPlan, plan_part
 from .peers import Peers
 from .verify import SAMPLE_BYTES, sample_problems, size_problems
@@ -22,8 +22,6 @@ from .writer import save_part
 
 ROOT_STEMS = frozenset({"model", "adapter_model"})
 """Parts that `from_pretrained` reads; all others lie in training/."""
-
-STATE_PATH = "training/state.json"
 
 
 def folder_of(directory: str, stem: str) -> str:
@@ -129,7 +127,7 @@ class CheckpointWriter:
         plan = self._plans[stem].of_copies() if content.copied else self._plans[stem]
         save = save_part_in_place if self.in_place else save_part
         records = save(content.parts[stem], folder_of(directory, stem), plan, self.peers)
-        prefix = "" if stem in ROOT_STEMS else "training/"
+        prefix = "" if stem in ROOT_STEMS else TRAINING
         return [replace(record, path=prefix + record.path) for record in records]
 
     def _save_small_files(self, directory: str, content: Content) -> list[FileRecord]:
@@ -142,7 +140,7 @@ class CheckpointWriter:
                 for stem in content.parts:
                     files = self._plans[stem].files
                     if (index := files.index()) is not None:
-                        small[files.index_name if stem in ROOT_STEMS else f"training/{files.index_name}"] = index
+                        small[files.index_name if stem in ROOT_STEMS else f"{TRAINING}{files.index_name}"] = index
                 for path, data in small.items():
                     storage.write_bytes(storage.join(directory, path), data)
                     records.append(record_bytes(path, data))

@@ -18,12 +18,14 @@ from ftlaunch.distributed.checkpoint.commit import list_commits
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
+from ftlaunch.distributed.saver import Saver
 from ftlaunch.distributed.world import World
 from ftlaunch.recipes.errors import InfrastructureError, Interrupted, UserError
 from ftlaunch.recipes.load import LoadedRecipe
 from ftlaunch.recipes.schema import Recipe
 
 PATIENCE_S = 60.0
+KEEP = {"keep_last": 99, "keep_training_state": 99}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,7 +47,7 @@ def saved(run: Path) -> dict[str, dict[str, bytes]]:
 )
 def test_async_and_sync_write_the_same_bytes_and_train_alike(tmp_path, size, changes):
     """With a save after every step the next step changes weights while the last one's are written."""
-    keep = {"every_steps": 1, "keep_last": 99}
+    keep = {"every_steps": 1, **KEEP}
     recipes = [
         recipe_for(tmp_path, name=mode, checkpoint={**keep, "mode": mode}, **changes) for mode in ("sync", "async")
     ]
@@ -115,11 +117,18 @@ def break_saves(rank: int, victim: int, steps: set[int]) -> None:
     save_module.size_problems = failing
 
 
-def run_one(rank, size, recipe, folder, *, ahead=None, broken=(), victim=0, stop_after=None):
+def only_these_are_late(rank: int, late_ranks: tuple[int, ...]) -> None:
+    is_late = Saver.is_late
+    Saver.is_late = lambda self: rank in late_ranks and is_late(self)
+
+
+def run_one(rank, size, recipe, folder, *, ahead=None, broken=(), victim=0, stop_after=None, late_ranks=None):
     """Train one recipe under these conditions: how it ended, what was said, and how many saves ran at once."""
     monitor = Watch(stop_after if rank == 0 else None)
     most = hold_saves(monitor, ahead) if ahead is not None else [0]
     break_saves(rank, victim, set(broken))
+    if late_ranks is not None:
+        only_these_are_late(rank, late_ranks)
     loaded = LoadedRecipe(Recipe.model_validate(recipe), "test.yaml", (), ())
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     try:
@@ -131,7 +140,8 @@ def run_one(rank, size, recipe, folder, *, ahead=None, broken=(), victim=0, stop
 
 def run(tmp_path, size, checkpoint, **more):
     changes = more.pop("changes", {})
-    recipe = recipe_for(tmp_path, checkpoint={"mode": "async", "keep_last": 99, **checkpoint}, **changes)
+    tmp_path.mkdir(exist_ok=True)
+    recipe = recipe_for(tmp_path, checkpoint={"mode": "async", **KEEP, **checkpoint}, **changes)
     endings = run_distributed(_run_one, size, recipe, str(tmp_path), more, connect=False)
     return endings, tmp_path / "runs" / "tiny"
 
@@ -151,7 +161,7 @@ def test_training_goes_on_and_the_next_save_waits(tmp_path):
     assert [ending[0] for ending in endings] == ["finished"] * 2
     assert steps_of(directory) == [3, 6, 8]
     assert [ending[3] for ending in endings] == [1, 1]
-    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"mode": "sync", "keep_last": 99})], 2)
+    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"mode": "sync", **KEEP})], 2)
     assert saved(directory) == saved(plain.directory)
 
 
@@ -221,3 +231,61 @@ def test_the_last_save_must_not_fail(tmp_path, mode):
     )
     assert [ending[0] for ending in endings] == [InfrastructureError.__name__] * 2
     assert steps_of(directory) == [3, 6]
+
+
+# --- cadence and retention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_saves_are_due_by_the_clock_of_rank_0(tmp_path, mode):
+    """The other rank's clock never says so; a step takes longer than a ten-millionth of a minute."""
+    checkpoint = {"every_steps": None, "every_minutes": 1e-7, "mode": mode}
+    endings, directory = run(tmp_path, 2, checkpoint, late_ranks=(0,))
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert steps_of(directory) == list(range(1, 9))
+    _, directory = run(tmp_path / "other", 2, checkpoint, late_ranks=(1,))
+    assert steps_of(directory) == [8]
+
+
+def test_hours_pass_between_saves_by_the_clock(tmp_path):
+    _, directory = run(tmp_path, 1, {"every_steps": None, "every_minutes": 600})
+    assert steps_of(directory) == [8]
+
+
+def test_what_is_kept(tmp_path):
+    """Multiples of 3, the two best, the last two; only the newest with its training state."""
+    keep = {"keep_last": 2, "keep_every": 3, "keep_best": 2, "keep_training_state": 1}
+    _, directory = run(tmp_path, 1, {"every_steps": 1, **keep}, changes={"evaluate": {"every_steps": 1}})
+    losses = {
+        line["step"]: line["losses"]["chats/loss"]
+        for line in read_run(directory).lines
+        if line["kind"] == "evaluation" and line["step"]
+    }
+    best = sorted(losses, key=lambda step: (losses[step], step))[:2]
+    assert steps_of(directory) == sorted({3, 6, 7, 8, *best})
+    assert [path.parent.name for path in directory.glob("*/training")] == ["step-000008.a1"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(tmp_path, keep):
+    """The newest checkpoint lost a file. Automatically the one before is taken, if it kept its training state, and the
+    run ends with the weights it would have had; weights alone are no place to go on from."""
+    checkpoint = {"every_steps": 2, "keep_training_state": keep}
+    run(tmp_path, 2, checkpoint, stop_after=5)
+    directory = tmp_path / "runs" / "tiny"
+    newest = read_run(directory).checkpoint
+    (newest / "training" / "exp_avg.safetensors").unlink()
+    (tmp_path / "rendezvous").unlink()
+    endings, _ = run(tmp_path, 2, checkpoint)
+    before = max(step for step in (2, 4, 6) if step < int(newest.name[5:11]))
+    if keep == 1:
+        assert [ending[0] for ending in endings] == [UserError.__name__] * 2
+        assert f"that of step {before} holds its weights only" in endings[1][1]
+        return
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert any(f"{newest.name}/training/exp_avg.safetensors" in text for text in endings[0][2])
+    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"every_steps": 2})], 2)
+    ours = contents(read_run(directory).checkpoint)
+    theirs = contents(plain.checkpoint)
+    del ours["MANIFEST.json"], theirs["MANIFEST.json"]  # it names the attempt
+    assert ours == theirs

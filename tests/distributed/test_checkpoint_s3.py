@@ -18,7 +18,7 @@ from ftlaunch.distributed.checkpoint.commit import CommitRecord, commit, latest,
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
-from ftlaunch.distributed.checkpoint.retention import apply_retention
+from ftlaunch.distributed.checkpoint.retention import Retention, apply_retention
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter, Content
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.distributed.run_directory import RunDirectory
@@ -132,7 +132,7 @@ def test_the_run_directory_and_retention_on_a_store(run):
     assert directory.status() == "alive"
     record = run_distributed(save, 1, run, [1])[0][0]
     storage.write_bytes(storage.join(run, "step-000006.a1", "left-over"), b"x")
-    retention = {"keep_last": 1, "metric": None, "attempt": 2, "report": pytest.fail}
-    assert apply_retention(run, alive={1}, **retention) == []
-    assert apply_retention(run, alive=set(), **retention) == ["step-000006.a1"]
+    about = {"attempt": 2, "report": pytest.fail}
+    assert apply_retention(run, Retention(1), alive={1}, **about) == []
+    assert apply_retention(run, Retention(1), alive=set(), **about) == ["step-000006.a1"]
     assert latest(run, pytest.fail) == record

@@ -14,13 +14,14 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
     "step_overhead", "launch", "loss_memory", "packing", "order_scale", "packed_attention", "stream", "stream_resume",
-    "stream_memory",
+    "stream_memory", "checkpoint_save",
 )  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
     "packed_attention": ["--device", "cpu"],
     "stream": ["--peers", "hf_datasets"],
     "stream_resume": ["--sides", "ours"],
+    "checkpoint_save": ["--ranks", "2"],
 }
 """A launch is tested elsewhere; starting Ray once more would prove nothing here. Most peers of the stream need
 environments of their own."""

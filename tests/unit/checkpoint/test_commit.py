@@ -15,12 +15,14 @@ from ftlaunch.distributed.checkpoint.commit import (
     commit_url,
     directory_name,
     latest,
+    latest_resumable,
     list_commits,
     parse_reference,
     resolve,
 )
-from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, Manifest, record_bytes
-from ftlaunch.distributed.checkpoint.retention import apply_retention, orphans, steps_to_keep
+from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, STATE_PATH, Manifest, read_manifest, record_bytes
+from ftlaunch.distributed.checkpoint.retention import Retention, apply_retention, orphans
+from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.recipes.errors import UserError
 
 
@@ -28,12 +30,14 @@ def nothing_to_report(line):
     raise AssertionError(f"reported: {line}")
 
 
-def make(run, step, attempt=1, *, committed=True, **metrics):
-    """A checkpoint of one small file."""
+def make(run, step, attempt=1, *, committed=True, resumable=True, **metrics):
+    """A checkpoint of two small files."""
     directory = run / directory_name(step, attempt)
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_bytes(b"{}")
-    manifest = Manifest(step, attempt, (record_bytes("config.json", b"{}"),))
+    (directory / "training").mkdir(parents=True)
+    files = ("config.json", *[STATE_PATH] * resumable)
+    for file in files:
+        (directory / file).write_bytes(b"{}")
+    manifest = Manifest(step, attempt, tuple(record_bytes(file, b"{}") for file in files))
     (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     record = CommitRecord(step, attempt, directory.name, "2030-01-01T00:00:00+00:00", metrics, "digest")
     return commit(str(run), record) if committed else record
@@ -148,12 +152,18 @@ def records(losses):
     return [CommitRecord(s, 1, directory_name(s, 1), "", {} if x is None else {"m": x}) for s, x in losses.items()]
 
 
+def retain(run, retention, attempt=1):
+    return apply_retention(str(run), retention, attempt=attempt, alive=set(), report=nothing_to_report)
+
+
 def test_the_newest_and_the_best_are_kept():
     made = records({10: 0.5, 20: 0.1, 30: 0.1, 40: 0.7, 50: None})
-    assert steps_to_keep(made, keep_last=2, metric="m") == {20, 40, 50}
-    assert steps_to_keep(made, keep_last=2, metric=None) == {40, 50}
-    assert steps_to_keep(made, keep_last=9, metric="m") == {10, 20, 30, 40, 50}
-    assert steps_to_keep([], keep_last=2, metric="m") == set()
+    assert Retention(2, metric="m", best=1).steps(made) == {20, 40, 50}
+    assert Retention(1, metric="m", best=3).steps(made) == {10, 20, 30, 50}
+    assert Retention(2, metric="m").steps(made) == Retention(2).steps(made) == {40, 50}
+    assert Retention(9, metric="m", best=1).steps(made) == {10, 20, 30, 40, 50}
+    assert Retention(1, every=20).steps(made) == {20, 40, 50}
+    assert Retention(2, metric="m", best=1).steps([]) == set()
 
 
 def test_orphans_are_of_older_attempts_that_are_dead():
@@ -166,7 +176,7 @@ def test_retention_deletes_record_and_directory(tmp_path):
         make(tmp_path, step, attempt=2, m=1.0 if step == 10 else 2.0)
     for attempt in (1, 2, 3):
         make(tmp_path, 50, attempt=attempt, committed=False)
-    gone = apply_retention(str(tmp_path), keep_last=1, metric="m", attempt=2, alive=set(), report=nothing_to_report)
+    gone = retain(tmp_path, Retention(1, metric="m", best=1), attempt=2)
     assert sorted(gone) == ["step-000020.a2", "step-000030.a2", "step-000050.a1"]
     assert [record.step for record in list_commits(str(tmp_path), nothing_to_report)] == [10, 40]
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -182,7 +192,7 @@ def test_checkpoints_that_are_gone_push_no_whole_one_out(tmp_path, keep_last):
     for step in (700, 1000, 1200):
         shutil.rmtree(tmp_path / directory_name(step, 1))
     make(tmp_path, 900, attempt=2, m=2.0)
-    apply_retention(str(tmp_path), keep_last=keep_last, metric="m", attempt=2, alive=set(), report=nothing_to_report)
+    retain(tmp_path, Retention(keep_last, metric="m", best=1, resumable=2), attempt=2)
     said = []
     assert latest(str(tmp_path), said.append).step == 900
     assert best(str(tmp_path), "m", said.append).step == 800
@@ -202,10 +212,72 @@ def test_a_crash_within_retention_leaves_no_commit_without_files(tmp_path, monke
 
     monkeypatch.setattr(storage, "delete_tree", crash_at_directories)
     with pytest.raises(KeyboardInterrupt):
-        apply_retention(str(tmp_path), keep_last=1, metric=None, attempt=1, alive=set(), report=nothing_to_report)
+        retain(tmp_path, Retention(1))
     monkeypatch.undo()
     assert latest(str(tmp_path), nothing_to_report).step == 20
     # A later attempt clears the orphan away.
-    gone = apply_retention(str(tmp_path), keep_last=1, metric=None, attempt=2, alive=set(), report=nothing_to_report)
+    gone = retain(tmp_path, Retention(1), attempt=2)
     assert gone == ["step-000010.a1"]
     assert commit_url(str(tmp_path), 20).endswith("commits/step-000020.json")
+
+
+# --- weights only ---------------------------------------------------------------------------------------------------
+
+
+def resumable_steps(run):
+    records = list_commits(str(run), nothing_to_report)
+    return [record.step for record in records if read_manifest(str(run / record.directory)).is_resumable]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_older_checkpoints_keep_their_weights_only(tmp_path, keep):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+        assert retain(tmp_path, Retention(9, resumable=keep)) == []
+    steps = [10, 20, 30, 40]
+    assert resumable_steps(tmp_path) == steps[-keep:]
+    for step in steps:
+        directory = tmp_path / directory_name(step, 1)
+        assert (directory / "training").exists() == (step in steps[-keep:])
+        assert (directory / "config.json").exists()
+        assert verify_checkpoint(str(directory)) == []
+    assert latest_resumable(str(tmp_path), nothing_to_report).step == 40
+
+
+def test_where_the_newest_is_damaged_the_next_with_a_training_state_is_taken_and_that_is_said(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step, resumable=step != 30)
+    (tmp_path / directory_name(40, 1) / STATE_PATH).unlink()
+    said = []
+    assert latest_resumable(str(tmp_path), said.append).step == 20
+    assert "checkpoint of step 40 is not usable" in said[0]
+    assert said[1] == "checkpoint of step 30 holds its weights only: training cannot go on from it"
+    assert latest(str(tmp_path), said.append).step == 30
+
+
+def test_a_damaged_checkpoint_takes_no_training_state_from_others(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    shutil.rmtree(tmp_path / directory_name(30, 1))
+    retain(tmp_path, Retention(9, resumable=1))
+    said = []
+    assert latest_resumable(str(tmp_path), said.append).step == 20
+
+
+def test_a_crash_while_training_state_goes_leaves_whole_weights(tmp_path, monkeypatch):
+    from ftlaunch.distributed import storage
+
+    for step in (10, 20):
+        make(tmp_path, step)
+
+    def crash(url):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "delete_tree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        retain(tmp_path, Retention(9, resumable=1))
+    monkeypatch.undo()
+    assert resumable_steps(tmp_path) == [20]
+    assert verify_checkpoint(str(tmp_path / directory_name(10, 1))) == []
+    retain(tmp_path, Retention(9, resumable=1))
+    assert not (tmp_path / directory_name(10, 1) / "training").exists()

@@ -132,6 +132,26 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             },
         )
     ],
+    "best_by_some_metric": [
+        (
+            {
+                "data": {"train": [A], "eval": [*HELD_OUT, B]},
+                "evaluate": {"every_steps": 1},
+                "checkpoint": {"keep_best": 2},
+            },
+            "checkpoint.keep_best",
+            {
+                "data": {"train": [A], "eval": HELD_OUT},
+                "evaluate": {"every_steps": 1},
+                "checkpoint": {"keep_best": 2},
+            },
+        ),
+        (
+            {"data": {"train": [A], "eval": HELD_OUT}, "checkpoint": {"keep_best": 2}},
+            "checkpoint.keep_best",
+            {"data": {"train": [A], "eval": HELD_OUT}, "checkpoint": {"keep_best": 0}},
+        ),
+    ],
     "early_stopping_needs_steps": [
         (
             {"data": {"train": [A], "eval": HELD_OUT}, "evaluate": {"early_stopping": STOPPING}},
