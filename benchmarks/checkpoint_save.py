@@ -108,7 +108,7 @@ def measure(size: int, sides: Sequence[str], options: argparse.Namespace) -> tup
 def tables(title: str, values: Rounds, extra: Rounds) -> list[Table]:
     """Seconds of saves, memory for them, seconds of stalls."""
     saves, stalls = ({side: values[side] for side in group if side in values} for group in (SAVE, STALL))
-    memory = {side: [max(value, 0.1) for value in extra[side]] for side in saves if side != "raw"}
+    memory = {side: [max(value, 1.0) for value in extra[side]] for side in saves if side != "raw"}
     found = [
         Table(f"{title}: a save", "s", "raw", saves),
         Table(f"{title}: memory that the worst rank takes besides", "MiB", "ours", memory),
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sides", nargs="+", choices=(*SAVE, *STALL), default=(*SAVE, *STALL))
     parser.add_argument("--place", type=Path, help="folder to write to; by default the temporary one")
+    parser.add_argument("--name", default="checkpoint_save", help="of the results' files")
     options = parse(parser)
     os.environ["OMP_NUM_THREADS"] = "1"
     results: list[Table] = []
@@ -131,7 +132,7 @@ def main() -> None:
         found, about = measure(size, options.sides, options)
         results += found
         settings |= about
-    write_results("checkpoint_save", options, CLAIM, results, settings)
+    write_results(options.name, options, CLAIM, results, settings)
 
 
 if __name__ == "__main__":

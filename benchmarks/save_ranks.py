@@ -106,8 +106,9 @@ Side = Callable[[Model, Path], Wait | None]
 
 
 def raw(model: Model, folder: Path) -> None:
-    """The limit: every rank writes its bytes from memory into a file of its own."""
+    """The limit: every rank writes its bytes from memory into a file of its own, whose space is reserved."""
     with (folder / f"rank-{model.rank}").open("wb", buffering=0) as file:
+        os.posix_fallocate(file.fileno(), 0, sum(2 * shard.numel() for shard in model.shards.values()))
         for shard in model.shards.values():
             file.write(shard.view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
