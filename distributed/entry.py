@@ -30,7 +30,6 @@ from .adapter_start import start_adapter
 from .again import Flags, decide, gather
 from .attempt import Attempt, begin_attempt
 from .checkpoint.content import Content
-from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
 from .checkpoint.shared import share_local_folder
@@ -168,7 +167,8 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
     published = group.alike(
         lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
     )
-    writer, staging = _writer(job, group, attempt, parts_of(engine, has_adapter=built.has_adapter), recorder)
+    content = Content(parts_of(engine, has_adapter=built.has_adapter), frozen=built.frozen())
+    writer, staging = _writer(job, group, attempt, content, recorder)
     saver = Saver(
         recipe=recipe,
         run=attempt.run,
@@ -181,6 +181,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
         recorder=recorder,
         extra_files=published,
         has_adapter=built.has_adapter,
+        frozen=content.frozen,
         data_digest=data.digest,
         last_step=attempt.resume.step if attempt.resume else None,
     )
@@ -202,13 +203,13 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
 
 
 def _writer(
-    job: Job, group: Group, attempt: Attempt, parts: Mapping[str, Source], recorder: Recorder | None
+    job: Job, group: Group, attempt: Attempt, content: Content, recorder: Recorder | None
 ) -> tuple[CheckpointWriter, Staging | None]:
     """What writes checkpoints, and where copies go if that happens beside the training."""
     url, peers = attempt.run.url, group.apart(groups.SAVE_TIMEOUT)
     in_place = share_local_folder(url, peers)
     writer = CheckpointWriter(url, attempt.number, partial(_announce, recorder), peers, in_place=in_place)
-    copy_bytes = sum(plan.supplied_bytes() for plan in writer.plan(Content(parts)).values())
+    copy_bytes = sum(plan.copied_bytes() for plan in writer.plan(content).values())
     mode, note = agree_on_mode(job.loaded.recipe.checkpoint.mode, copy_bytes, group.peers)
     if recorder and note:
         recorder.message(note)

@@ -51,6 +51,11 @@ class BuiltModel:
         """Names of parameters that no folder holds: an adapter's."""
         return (name for name in self.shapes if name not in self.base)
 
+    def frozen(self) -> frozenset[str]:
+        """Names in checkpoint files of what is stored and not trained."""
+        trained = {name for name, parameter in self.loss_model.named_parameters() if parameter.requires_grad}
+        return frozenset(published for name, published in self.published.items() if name not in trained)
+
     def copied_from(self, name: str) -> str | None:
         """For a copy that is trained whole beside an adapter: the stored name of what it starts as."""
         return self.base[name.replace(".modules_to_save.default.", ".original_module.")] if is_copy(name) else None

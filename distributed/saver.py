@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -54,6 +54,8 @@ class Saver:
     extra_files: Mapping[str, bytes]
     """config.json, tokenizer and so on; only rank 0 needs them."""
     has_adapter: bool
+    frozen: Collection[str]
+    """Names, as published, of tensors that are not trained."""
     data_digest: str
     staging: Staging | None = None
     """Where checkpoints are copied to and written from while training goes on; None: training waits for each."""
@@ -167,6 +169,7 @@ class Saver:
             parts=parts_of(self.engine, has_adapter=self.has_adapter),
             extra_files=self.extra_files,
             state=state,
+            frozen=self.frozen,
             metrics=self.evaluator.last if self.evaluator.last_step == state["extent"]["steps"] else {},
         )
 

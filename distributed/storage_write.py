@@ -105,6 +105,34 @@ def create_exclusive(url: str, data: bytes, retry: RetryPolicy = RETRY) -> bool:
     return retrying("create", url, attempt, retry)
 
 
+def link(source: str, target: str, retry: RetryPolicy = RETRY) -> bool:
+    """Make `target`, which is not there yet, the same file as `source` (local: a hard link) or a copy of it that the
+    store makes by itself. False where neither can be done. The two must be of one store, and never be changed in place.
+    Raises UserError or InfrastructureError."""
+
+    def copy() -> bool:
+        fs, path = filesystem(source)
+        try:
+            fs.cp_file(path, filesystem(target)[1])
+        except NotImplementedError:
+            return False
+        return True
+
+    if is_local(source):
+        return _link_local(local_path(source), local_path(target))
+    return retrying("copy", source, copy, retry)
+
+
+def _link_local(source: Path, target: Path) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # not there, too many names, or a file system that has no links
+        return False
+    _sync(target.parent)
+    return True
+
+
 def delete_tree(url: str, retry: RetryPolicy = RETRY) -> None:
     """Remove a file or a folder with everything below; nothing there is fine."""
 

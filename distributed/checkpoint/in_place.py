@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 def save_part_in_place(source: Source, directory: str, plan: PartPlan, peers: Peers) -> list[FileRecord]:
     """Write the part's files into the local folder `directory`; collective. Returns the records of the files that this
     rank has made. If any rank fails, all ranks raise, as in `writer.save_part`."""
-    owned = [file for file in plan.files.files if plan.owners[file.name] == peers.rank]
+    owned = plan.owned()
     with peers.together(f"making room for {plan.files.stem}"):
         for file in owned:
             storage.make_file(storage.join(directory, file.name), file.size)
@@ -63,7 +63,7 @@ def save_part_in_place(source: Source, directory: str, plan: PartPlan, peers: Pe
 
 def _write_tensor(held: Held, position: int, plan: PartPlan, ranges: _Ranges) -> None:
     file, place = plan.files.places[held.spec.name]
-    mine = plan.supplied(position)
+    mine = plan.supplied(position) if file.name not in plan.linked else ()
     for chunk in chunks(held.spec, plan.chunk_bytes) if mine else ():
         for start, stop in intersect(mine, *chunk):
             ranges.write(file, place.start + start * held.itemsize, held.view(start, stop))

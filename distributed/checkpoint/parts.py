@@ -11,7 +11,7 @@ import torch
 
 from .exchange import CHUNK_BYTES, Ranges, Segment, cover, deal, deal_owners
 from .fragments import Fragment, TensorSpec
-from .layout import DTYPES, MAX_FILE_BYTES, FileSet, num_elements, plan_files
+from .layout import DTYPES, MAX_FILE_BYTES, FileSet, StoredFile, num_elements, plan_files
 from .peers import Peers
 
 Source = Callable[[], Iterable[Fragment]]
@@ -33,23 +33,38 @@ class PartPlan:
     held: tuple[Ranges, ...]
     segments: tuple[tuple[Segment, ...], ...]
     rank: int
+    frozen: frozenset[str] = frozenset()
+    """Tensors that never change."""
+    linked: frozenset[str] = frozenset()
+    """Files that are there already, as an earlier save wrote them."""
     chunk_bytes: int = CHUNK_BYTES
+
+    def owned(self) -> list[StoredFile]:
+        """Files that this rank makes."""
+        return [f for f in self.files.files if self.owners[f.name] == self.rank and f.name not in self.linked]
+
+    def frozen_files(self) -> list[str]:
+        """Names of files in which nothing ever changes."""
+        return [f.name for f in self.files.files if f.tensors and all(t.spec.name in self.frozen for t in f.tensors)]
 
     def supplied(self, position: int) -> Ranges:
         """The ranges of `specs[position]` that this rank supplies."""
         mine = (segment for segment in self.segments[position] if segment.rank == self.rank)
         return tuple((segment.start, segment.stop) for segment in mine)
 
-    def supplied_bytes(self) -> int:
-        """Bytes that this rank supplies in all."""
+    def copied_bytes(self) -> int:
+        """Bytes that a copy of what this rank supplies takes; nothing for what never changes."""
         return sum(
             sum(stop - start for start, stop in self.supplied(position)) * DTYPES[spec.dtype].itemsize
             for position, spec in enumerate(self.specs)
+            if spec.name not in self.frozen
         )
 
     def of_copies(self) -> PartPlan:
-        """The same for a source that yields just what this rank supplies."""
-        return replace(self, held=tuple(self.supplied(position) for position in range(len(self.specs))))
+        """The same for a source that yields copies of just what this rank supplies, and as it is what never changes."""
+        held = zip(self.specs, self.held, strict=True)
+        copied = [ranges if spec.name in self.frozen else self.supplied(i) for i, (spec, ranges) in enumerate(held)]
+        return replace(self, held=tuple(copied))
 
 
 def plan_part(
@@ -84,7 +99,7 @@ def plan_part(
             segments.append(tuple(dealt))
         except ValueError as error:
             raise ValueError(f"{stem}, tensor {spec.name}: {error}") from error
-    return PartPlan(files, owners, specs, held[peers.rank], tuple(segments), peers.rank)
+    return PartPlan(files, owners, specs, held[peers.rank], tuple(segments), peers.rank, frozenset(frozen))
 
 
 class Held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from .layout import MAX_FILE_BYTES
 from .manifest import MANIFEST_NAME, STATE_PATH, TRAINING, FileRecord, Manifest, record_bytes
 from .parts import PartPlan, plan_part
 from .peers import Peers
+from .unchanged import Unchanged
 from .verify import SAMPLE_BYTES, sample_problems, size_problems
 from .writer import save_part
 
@@ -27,6 +28,11 @@ ROOT_STEMS = frozenset({"model", "adapter_model"})
 def folder_of(directory: str, stem: str) -> str:
     """The folder of a part within a checkpoint's directory."""
     return directory if stem in ROOT_STEMS else storage.join(directory, "training")
+
+
+def path_of(stem: str, name: str) -> str:
+    """The path of a part's file within a checkpoint's directory."""
+    return name if stem in ROOT_STEMS else TRAINING + name
 
 
 @dataclass
@@ -46,6 +52,7 @@ class CheckpointWriter:
     in_place: bool = False
     """All ranks share a local folder on one host, see `shared.share_local_folder`."""
     _plans: dict[str, PartPlan] = field(default_factory=dict)
+    _unchanged: Unchanged = field(default_factory=Unchanged)
 
     def plan(self, content: Content) -> Mapping[str, PartPlan]:
         """What each part looks like, found out once. `save` does it where it was not done; a copy of the content needs
@@ -83,14 +90,28 @@ class CheckpointWriter:
         return counts
 
     def _save(self, directory: str, step: int, content: Content) -> CommitRecord:
-        records = [record for stem in content.parts for record in self._save_part(directory, stem, content)]
+        linked = self._link_unchanged(directory)
+        records = [record for stem in content.parts for record in self._save_part(directory, stem, content, linked)]
         records += self._save_small_files(directory, content)
+        records += linked.values() if self.peers.rank == 0 else ()
         everyone = self.peers.gather(records)
         files = sorted((record for ranks in everyone for record in ranks), key=lambda record: record.path)
         manifest = Manifest(step, self.attempt, tuple(files))
         self._save_manifest(directory, manifest)
         self._verify(directory, manifest)
-        return self._commit(step, content, manifest)
+        counts = self._commit(step, content, manifest)
+        if counts.attempt == self.attempt:
+            frozen = [path_of(stem, name) for stem, plan in self._plans.items() for name in plan.frozen_files()]
+            self._unchanged = Unchanged(directory, {f.path: f for f in files if f.path in frozen})
+        return counts
+
+    def _link_unchanged(self, directory: str) -> dict[str, FileRecord]:
+        """What never changes comes from this attempt's last checkpoint; what cannot is written again."""
+        linked: dict[str, FileRecord] = {}
+        with self.peers.together("linking what never changes"):
+            if self.peers.rank == 0:
+                linked = self._unchanged.link_into(directory)
+        return self.peers.broadcast(linked)  # type: ignore[no-any-return]
 
     def _discard(self, directory: str) -> None:
         """What never was a checkpoint, and will not become one."""
@@ -123,12 +144,12 @@ class CheckpointWriter:
         self.announce("checkpoint_replaced", step=step, directory=existing.directory, problem=problem)
         return None
 
-    def _save_part(self, directory: str, stem: str, content: Content) -> list[FileRecord]:
+    def _save_part(self, directory: str, stem: str, content: Content, linked: Collection[str]) -> list[FileRecord]:
         plan = self._plans[stem].of_copies() if content.copied else self._plans[stem]
+        plan = replace(plan, linked=frozenset(f.name for f in plan.files.files if path_of(stem, f.name) in linked))
         save = save_part_in_place if self.in_place else save_part
         records = save(content.parts[stem], folder_of(directory, stem), plan, self.peers)
-        prefix = "" if stem in ROOT_STEMS else TRAINING
-        return [replace(record, path=prefix + record.path) for record in records]
+        return [replace(record, path=path_of(stem, record.path)) for record in records]
 
     def _save_small_files(self, directory: str, content: Content) -> list[FileRecord]:
         """Indexes, state and extra files, from rank 0."""
@@ -140,7 +161,7 @@ class CheckpointWriter:
                 for stem in content.parts:
                     files = self._plans[stem].files
                     if (index := files.index()) is not None:
-                        small[files.index_name if stem in ROOT_STEMS else f"{TRAINING}{files.index_name}"] = index
+                        small[path_of(stem, files.index_name)] = index
                 for path, data in small.items():
                     storage.write_bytes(storage.join(directory, path), data)
                     records.append(record_bytes(path, data))

@@ -35,10 +35,13 @@ class Staging:
 
     def _copy_part(self, stem: str, source: Source, plan: PartPlan) -> Source:
         if stem not in self._buffers:
-            size = plan.supplied_bytes() + ALIGNMENT * len(plan.specs)
+            size = plan.copied_bytes() + ALIGNMENT * len(plan.specs)
             self._buffers[stem] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         place, copies = 0, []
         for position, fragment in enumerate(as_planned(source, plan)):
+            if fragment.spec.name in plan.frozen:
+                copies.append(fragment)  # it stays as it is
+                continue
             ranges, held = plan.supplied(position), Held(fragment)
             count = sum(stop - start for start, stop in ranges)
             dtype = DTYPES[fragment.spec.dtype]

@@ -47,8 +47,7 @@ def save_part(source: Source, directory: str, plan: PartPlan, peers: Peers) -> l
     """
     failures: list[Exception] = []
     with peers.together(f"writing {plan.files.stem}"):
-        owned = [file for file in plan.files.files if plan.owners[file.name] == peers.rank]
-        with _FileWriter(directory, owned, failures) as files:
+        with _FileWriter(directory, plan.owned(), failures) as files:
             movement = _Movement(plan, peers, _Outbox(peers), files)
             for position, fragment in walk(source, plan, failures):
                 movement.move(position, Held(fragment))
@@ -73,6 +72,8 @@ class _Movement:
     def move(self, position: int, held: Held) -> None:
         """Bring every chunk of a tensor to the owner of its file, and there into the file."""
         file, _ = self.plan.files.places[held.spec.name]
+        if file.name in self.plan.linked:
+            return
         owner, rank = self.plan.owners[file.name], self.peers.rank
         segments = self.plan.segments[position]
         for start, stop in chunks(held.spec, self.plan.chunk_bytes):

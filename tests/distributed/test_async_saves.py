@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from harness import run_distributed
 from tiny import recipe_for
 from training import QuietMonitor, read_run, train_all
@@ -16,6 +17,7 @@ from ftlaunch.distributed import entry
 from ftlaunch.distributed.checkpoint import save as save_module
 from ftlaunch.distributed.checkpoint.commit import list_commits
 from ftlaunch.distributed.checkpoint.peers import Peers
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.distributed.saver import Saver
@@ -289,3 +291,21 @@ def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(tmp_path, ke
     theirs = contents(plain.checkpoint)
     del ours["MANIFEST.json"], theirs["MANIFEST.json"]  # it names the attempt
     assert ours == theirs
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_layers_that_are_not_trained_are_written_once(tmp_path, mode):
+    changes = {"model": {"train_layers": ["model.layers.2.*", "lm_head*"], "dtype": "bfloat16"}}
+    endings, directory = run(tmp_path, 2, {"every_steps": 3, "mode": mode}, changes=changes)
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert steps_of(directory) == [3, 6, 8]
+    names = [{path.stat().st_ino: path.name for path in folder.glob("model*")} for folder in directory.glob("step-*")]
+    (shared,) = set(names[0]) & set(names[1]) & set(names[2])
+    weights = CheckpointReader(str(read_run(directory).checkpoint))
+    (file,) = {file.name for name, (file, _) in weights.files.places.items() if name.startswith("model.layers.0.")}
+    assert file == names[0][shared]
+    base = CheckpointReader(str(tmp_path / "model"))
+    frozen = [name for name in weights.names() if not name.startswith(("model.layers.2.", "lm_head"))]
+    assert all(torch.equal(weights.read_tensor(n), base.read_tensor(n).bfloat16()) for n in frozen)
+    trained = [name for name in weights.names() if name not in frozen]
+    assert not any(torch.equal(weights.read_tensor(n), base.read_tensor(n).bfloat16()) for n in trained)
