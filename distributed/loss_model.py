@@ -9,7 +9,7 @@ Shapes: B sequences, S tokens, H hidden size, V vocabulary, N supervised positio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, TypeGuard
 
 import torch
@@ -41,11 +41,18 @@ class LossModel(nn.Module):
         self.use_own_head = False
         self.knows_samples = False
         """Whether attention is told where samples start (`varlen.py`)."""
+        self._gathering_hooks: frozenset[int] | None = None
 
     @property
     def causal_lm(self) -> Any:
         """The transformers model itself, without peft's wrapper."""
         return self._causal_lm[0]
+
+    def gathers_head(self, hooks: Iterable[int]) -> None:
+        """The strategy gathers the head's parameters for whole forward passes, whatever `hooks` (ids) it has put there.
+        A head with hooks that gather is called once a forward pass: how many chunks there are differs from rank to
+        rank, and ranks that gather another number of times would wait for each other for ever."""
+        self._gathering_hooks = frozenset(hooks)
 
     def forward(self, batch: Mapping[str, Tensor], task: str = "losses") -> Tensor:
         return TASKS[task](self, batch)
@@ -56,7 +63,9 @@ def token_losses(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
     if self.use_own_head:
         return losses_of_logits(own_logits(self, batch), batch["targets"])
     head, vocabulary = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config().vocab_size
-    return chunked_losses(hidden_states(self, batch), head, batch["targets"], vocabulary)
+    return chunked_losses(
+        hidden_states(self, batch), head, batch["targets"], vocabulary, gathering_hooks=self._gathering_hooks
+    )
 
 
 def hidden_states(self: LossModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -94,19 +103,27 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_losses(
-    hidden: Tensor, head: nn.Module, targets: Tensor, vocabulary: int, logits_bytes: int = LOGITS_BYTES
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    vocabulary: int,
+    logits_bytes: int = LOGITS_BYTES,
+    gathering_hooks: Set[int] | None = None,
 ) -> Tensor:
-    """Cross-entropy [B, S] of `head(hidden)`, holding logits of `logits_bytes` at once."""
+    """Cross-entropy [B, S] of `head(hidden)`, holding logits of `logits_bytes` at once; all of them where a head that
+    is more than a matrix has hooks that gather it."""
     rows = max(1, logits_bytes // (4 * vocabulary))
-    if _is_only_a_matrix(head):
+    if _is_only_a_matrix(head, gathering_hooks or frozenset()):
         return linear_losses(hidden, head.weight, targets, rows)
+    if gathering_hooks is not None:
+        rows = targets.numel()
     return _losses_through_head(hidden, head, targets, rows)
 
 
-def _is_only_a_matrix(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight says all about a head: no bias, no adapter, and no hook (ZeRO-3 gathers weights in hooks)."""
+def _is_only_a_matrix(head: nn.Module, gathering_hooks: Set[int]) -> TypeGuard[nn.Linear]:
+    """Whether its weight says all about a head: no bias, no adapter, and no hook but those that gather it."""
     parameters = [name for name, _ in head.named_parameters()]
-    hooks = {**head._forward_pre_hooks, **head._forward_hooks}
+    hooks = {*head._forward_pre_hooks, *head._forward_hooks} - gathering_hooks
     return type(head) is nn.Linear and parameters == ["weight"] and not hooks
 
 

@@ -16,13 +16,12 @@ SHOWN = 5
 def check_base(built: BuiltModel, reader: FragmentReader) -> None:
     """Raises UserError that names missing tensors and other shapes. Tensors that the model has no use for are no
     error: folders carry heads and buffers of older versions."""
-    parameters = dict(built.loss_model.named_parameters())
     stored = set(reader.names())
     missing = [name for name in built.base.values() if name not in stored]
     shapes = [
-        f"{there} is {reader.spec(there).shape} in the files and {tuple(parameters[name].shape)} in config.json"
+        f"{there} is {reader.spec(there).shape} in the files and {built.shapes[name]} in config.json"
         for name, there in built.base.items()
-        if there in stored and reader.spec(there).shape != tuple(parameters[name].shape)
+        if there in stored and reader.spec(there).shape != built.shapes[name]
     ]
     _refuse_stored_buffers(built, reader, stored)
     if missing or shapes:

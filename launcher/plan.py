@@ -12,7 +12,8 @@ from ..distributed.data.index import Index
 from ..recipes.formats import require_readable
 from ..recipes.load import LoadedRecipe, as_stored
 from ..recipes.redact import redact
-from ..recipes.schema import Recipe, Section
+from ..recipes.schema import Recipe
+from ..recipes.section import Section
 from .hardware import Machine
 from .plan_data import SourcePlan, describe, index_source, keys_of, named_sources
 from .plan_duration import DurationPlan, plan_duration

@@ -18,8 +18,9 @@ from ..distributed.optimizers.state import BYTES as BYTES_OF_STATE
 from ..distributed.optimizers.state import STATE
 from ..distributed.save_mode import ROOM
 from ..recipes.errors import UserError
-from ..recipes.schema import Fsdp, LocalCluster, Lora, Model, Recipe
+from ..recipes.schema import LocalCluster, Lora, Model, Recipe
 from .hardware import Machine
+from .plan_layout import kept
 from .unknown import Unknown, ask
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
@@ -199,31 +200,21 @@ def _optimizer_state(recipe: Recipe, model: ModelPlan) -> dict[str, list[TensorS
 
 
 def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int, nodes: int = 1) -> MemoryPlan | Unknown:
-    """About how much one rank needs. Sharded: everything but the block at work and the activations."""
+    """About how much one rank needs: what its strategy keeps there, the block at work and the activations."""
     if not model.hidden_size or not model.num_layers:
         return Unknown(f"config.json of {model.model_type} does not name hidden_size and num_hidden_layers")
-    share = _share(recipe, ranks, nodes)
     width = BYTES[recipe.model.dtype]
     frozen = model.parameters - model.trainable
     block = max(_block_sizes(model, recipe), default=0)
     state = sum(num_elements(spec) for part in _optimizer_state(recipe, model).values() for spec in part)
+    each = kept(recipe, ranks, nodes, width)
     return MemoryPlan(
-        weights=math.ceil((4 * model.trainable + width * frozen) * share),
-        gradients=math.ceil(4 * model.trainable * share),
-        optimizer=math.ceil(BYTES_OF_STATE[recipe.train.optimizer] * state * share),
-        gathered=2 * width * block,  # the block at work and the one that is fetched ahead
+        weights=math.ceil(each.trained * model.trainable + each.frozen * frozen),
+        gradients=math.ceil(each.gradients * model.trainable),
+        optimizer=math.ceil(each.optimizer * BYTES_OF_STATE[recipe.train.optimizer] * state),
+        gathered=2 * width * block * each.gathers,  # the block at work and the one that is fetched ahead
         activations=_activations(recipe, model),
     )
-
-
-def _share(recipe: Recipe, ranks: int, nodes: int) -> float:
-    """What of weights, gradients and optimizer lies on one rank's device."""
-    strategy = recipe.strategy
-    if not isinstance(strategy, Fsdp):
-        return 1.0
-    if strategy.offload == "cpu":
-        return 0.0
-    return (nodes if strategy.shard == "node" else 1) / ranks
 
 
 def _block_sizes(model: ModelPlan, recipe: Recipe) -> list[int]:

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
 
+from . import deepspeed_config
 from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .formats import READ_BY
 from .naming import best_metric, eval_names, source_names
 from .problems import Problem
 from .schema import EvalSplit, Lora, Recipe, Source, Train
+from .schema_strategy import Deepspeed
 
 _LOW_ADAPTER_RATE = 5e-5
 _HIGH_FULL_RATE = 2e-4
@@ -234,6 +236,22 @@ def method_reads_format(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"{key}.{index}.format", message, "take another method, or another format")
 
 
+def deepspeed_stage(recipe: Recipe) -> Iterator[Problem]:
+    """Only ZeRO-3 has parameters of its own to put elsewhere, and takes blocks apart that are compiled whole."""
+    strategy = recipe.strategy
+    if not isinstance(strategy, Deepspeed):
+        return
+    if strategy.offload_param != "none" and strategy.stage != 3:
+        message = f"in stage {strategy.stage} every rank computes with all parameters"
+        yield Problem("strategy.offload_param", message, "set strategy.stage to 3, or leave it out")
+    if recipe.train.compile and strategy.stage == 3:
+        remedy = "leave it out, or take strategy {type: fsdp} or stage 2"
+        yield Problem("train.compile", "not together with DeepSpeed's stage 3", remedy)
+    if recipe.train.optimizer != "adamw":
+        message = "DeepSpeed holds tensors in flat pieces, which only adamw is made for"
+        yield Problem("train.optimizer", message, "set train.optimizer: adamw, or take strategy {type: fsdp}")
+
+
 CHECKS: tuple[Check, ...] = (
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
@@ -255,6 +273,8 @@ CHECKS: tuple[Check, ...] = (
     Check(names_differ, ("data",)),
     Check(hub_keys_with_hub_paths, ("data",)),
     Check(method_reads_format, ("method", "data")),
+    Check(deepspeed_stage, ("strategy", "train")),
+    Check(deepspeed_config.conflicts, ("strategy", "train", "model")),
     Check(no_credentials_in_options, ("data",)),
     Check(no_credentials_in_urls, ("data", "model", "checkpoint")),
 )

@@ -129,7 +129,6 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "load_in_8bit": _QUANTIZED,
     "quantization_bit": _QUANTIZED,
     # method
-    "stage": ("method", "{type: sft} or {type: cpt}"),
     "train_on_inputs": ("method.train_on", "assistant, last_assistant, completion or all"),
     "train_on_prompt": ("method.train_on", "assistant, last_assistant, completion or all"),
     "assistant_only_loss": ("method.train_on", "assistant is the default"),
@@ -189,7 +188,7 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "resume_from_checkpoint": _RESUME,
     "auto_resume_from_checkpoints": _RESUME,
     # where and how it runs
-    "deepspeed": _STRATEGY,
+    "deepspeed": ("strategy", "{type: deepspeed, stage: 3}; keys of its configuration go into deepspeed_config"),
     "fsdp_config": _STRATEGY,
     "fsdp_version": _STRATEGY,
     "gradient_checkpointing": _RECOMPUTE,

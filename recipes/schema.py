@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from .schema_strategy import Fsdp, StrategyConfig
+from .section import Fraction, NonNegativeInt, PositiveInt, Section
+
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -267,26 +261,6 @@ class Evaluate(Section):
     """Stop when a held-out loss stops falling; the best checkpoint is kept."""
 
 
-class Ddp(Section):
-    """Every rank holds the whole model (FSDP2 on an (N, 1) mesh)."""
-
-    type: Literal["ddp"] = "ddp"
-
-
-class Fsdp(Section):
-    """Parameters, gradients and optimizer state sharded over ranks (FSDP2)."""
-
-    type: Literal["fsdp"] = "fsdp"
-    shard: Literal["world", "node"] = "world"
-    """Over which ranks: all of them, or those of a node, so that weights travel within nodes only and each node holds
-    all of them (hybrid sharding)."""
-    offload: Literal["none", "cpu"] = "none"
-    """`cpu`: parameters, gradients and optimizer state stay in the host's memory, where the update is made too. A GPU
-    then holds the block at work and the activations only, and steps are slow."""
-    reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward pass; off: more memory, one gather less a block."""
-
-
 class Checkpoint(Section):
     """Where the run lives and when it is saved."""
 
@@ -359,7 +333,6 @@ class RayCluster(Section):
 
 MethodConfig = Annotated[Sft | Cpt, Field(discriminator="type")]
 AdapterConfig = Lora
-StrategyConfig = Annotated[Ddp | Fsdp, Field(discriminator="type")]
 ClusterConfig = Annotated[LocalCluster | RayCluster, Field(discriminator="type")]
 
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ...recipes.errors import UserError
-from ...recipes.schema import Fsdp, Recipe
+from ...recipes.schema import Recipe
+from ...recipes.schema_strategy import Fsdp
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
 from ..model import DTYPES, BuiltModel

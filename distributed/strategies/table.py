@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 STRATEGIES = {
     "ddp": "fsdp:prepare",
     "fsdp": "fsdp:prepare",
+    "deepspeed": "deepspeed:prepare",
 }
 
 

@@ -9,6 +9,7 @@ ALLOWED = {
     "launcher/hardware.py": "which of the machine's GPUs this process may use is said in a variable only",
     "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
+    "distributed/strategies/deepspeed_compat.py": "DeepSpeed takes its device from a variable only; it is written",
     "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",
     "recipes/load.py": "resolves ${VAR} in a recipe",
 }

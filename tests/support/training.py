@@ -17,6 +17,19 @@ from ftlaunch.distributed.world import World
 from ftlaunch.recipes.load import LoadedRecipe
 from ftlaunch.recipes.schema import Recipe
 
+# Small models fit below the size from which ZeRO-3 lets go of a gathered parameter at all.
+_SHARDED = {"type": "deepspeed", "stage": 3, "deepspeed_config": {"zero_optimization": {
+    "stage3_param_persistence_threshold": 0}}}  # fmt: skip
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"type": "ddp"},
+    "fsdp": {"type": "fsdp"},
+    "zero1": {"type": "deepspeed", "stage": 1},
+    "zero2": {"type": "deepspeed", "stage": 2},
+    "zero3": _SHARDED,
+    "zero3-offload": {**_SHARDED, "offload_optimizer": "cpu", "offload_param": "cpu"},
+}
+"""Name in tests and tables -> `strategy` of the recipe."""
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -307,6 +307,19 @@ def test_memory_under_hybrid_sharding_and_with_offload(place):
     assert (away.gathered, away.activations) == (two.gathered, two.activations)
 
 
+def test_memory_by_stage_of_deepspeed(place):
+    """bfloat16 weights, whole until stage 3, lie beside a quarter of the fp32 ones; gradients are whole in stage 1."""
+    plan = model_plan(place)
+    stages = [plan_memory(recipe(strategy={"type": "deepspeed", "stage": stage}), plan, 4) for stage in (1, 2, 3)]
+    assert [memory.optimizer for memory in stages] == [2 * PARAMETERS] * 3
+    assert [memory.gradients for memory in stages] == [4 * PARAMETERS, PARAMETERS, PARAMETERS]
+    assert [memory.weights for memory in stages] == [3 * PARAMETERS, 3 * PARAMETERS, 1.5 * PARAMETERS]
+    assert [memory.gathered > 0 for memory in stages] == [False, False, True]
+    away = {"type": "deepspeed", "stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
+    offloaded = plan_memory(recipe(strategy=away), plan, 4)
+    assert offloaded.weights == offloaded.gradients == offloaded.optimizer == 0
+
+
 def test_memory_of_an_unusual_configuration_is_unknown(place):
     odd = {"model_type": "odd"}
     assert isinstance(plan_memory(recipe(), from_headers(recipe(), odd, open_folder(str(place / "base"))), 1), Unknown)

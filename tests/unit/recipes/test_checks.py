@@ -24,6 +24,17 @@ def weighted(*extra: dict[str, Any]) -> dict[str, Any]:
     return {"data": {"train": [{**source, "weight": 1, **more} for source, more in zip((A, B), extra, strict=True)]}}
 
 
+CONFIG = "strategy.deepspeed_config"
+
+
+def zero(**strategy: Any) -> dict[str, Any]:
+    return {"strategy": {"type": "deepspeed", **strategy}}
+
+
+def tuned(**config: Any) -> dict[str, Any]:
+    return zero(stage=3, deepspeed_config=config)
+
+
 STOPPING = {"metric": "held/loss"}
 
 BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = {
@@ -59,6 +70,49 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             "train.decay_ratio",
             {"train": {"lr_scheduler": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.5}},
         )
+    ],
+    "deepspeed_stage": [
+        (zero(stage=2, offload_param="cpu"), "strategy.offload_param", zero(stage=3, offload_param="cpu")),
+        (zero(stage=3) | {"train": {"compile": True}}, "train.compile", zero(stage=2) | {"train": {"compile": True}}),
+        (zero() | {"train": {"optimizer": "muon"}}, "train.optimizer", {"train": {"optimizer": "muon"}}),
+    ],
+    "conflicts": [
+        (tuned(train_batch_size=64), f"{CONFIG}.train_batch_size", tuned(train_batch_size=32)),
+        (tuned(gradient_clipping=0.5), f"{CONFIG}.gradient_clipping", tuned(gradient_clipping="auto")),
+        (tuned(bf16={"enabled": False}), f"{CONFIG}.bf16.enabled", tuned(bf16={"enabled": True})),
+        (tuned(fp16={"enabled": True}), f"{CONFIG}.fp16.enabled", tuned(fp16={"enabled": False})),
+        (
+            tuned(optimizer={"type": "Adam"}),
+            f"{CONFIG}.optimizer.type",
+            tuned(optimizer={"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999]}}),
+        ),
+        (
+            tuned(scheduler={"type": "WarmupLR"}),
+            f"{CONFIG}.scheduler.type",
+            tuned(gradient_accumulation_steps="auto"),
+        ),
+        (tuned(zero_optimization={"stage": 2}), f"{CONFIG}.zero_optimization.stage", tuned(zero_optimization={})),
+        (
+            tuned(zero_optimization={"zero_quantized_weights": True}),
+            f"{CONFIG}.zero_optimization.zero_quantized_weights",
+            tuned(zero_optimization={"sub_group_size": 1e9}),
+        ),
+        (
+            tuned(zero_optimization={"round_robin_gradients": True}),
+            f"{CONFIG}.zero_optimization.round_robin_gradients",
+            zero(stage=2, deepspeed_config={"zero_optimization": {"round_robin_gradients": True}}),
+        ),
+        (
+            tuned(zero_optimization={"overlap_comm": 1}),
+            f"{CONFIG}.zero_optimization.overlap_comm",
+            tuned(zero_optimization={"overlap_comm": True}),
+        ),
+        (
+            tuned(zero_optimization={"offload_optimizer": {"device": "nvme"}}),
+            f"{CONFIG}.zero_optimization.offload_optimizer.device",
+            tuned(zero_optimization={"offload_optimizer": {"device": "none", "pin_memory": True}}),
+        ),
+        (tuned(steps_per_print=10), f"{CONFIG}.steps_per_print", {}),
     ],
     "streams_divide_batch": [
         ({"data": {"train": [A], "streams": 5}}, "data.streams", {"data": {"train": [A], "streams": 8}})
@@ -307,3 +361,16 @@ def test_eval_names() -> None:
     assert eval_names(Data(train=train, eval=EvalSplit(fraction=0.1))) == ("a", "a-2")
     assert eval_names(Data(train=train, eval=(Source(path="h.jsonl"),))) == ("h",)
     assert eval_names(Data(train=train)) == ()
+
+
+def test_every_key_that_contradicts_is_named():
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}
+    problems = run_checks(recipe(**tuned(**config)))
+    assert [problem.key.removeprefix(f"{CONFIG}.") for problem in problems] == [
+        "train_batch_size",
+        "zero_optimization.stage",
+        "zero_optimization.offload_param.device",
+    ]
+    assert "8 contradicts train.global_batch_size, which makes it 32" in str(problems[0])
+    [problem] = run_checks(recipe(**tuned(zero_optimization={"offload_param": {"device": "nvme"}})))
+    assert "NVMe is not supported" in problem.message and problem.remedy == "set strategy.offload_param: cpu"

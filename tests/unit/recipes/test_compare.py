@@ -90,7 +90,9 @@ def test_changes_by_kind_and_as_text() -> None:
     assert [change.key for change in comparison.continues] == ["train.compile", "strategy"]
     assert comparison.extends == (Change("train.num_epochs", 1, 2, "extends"),)
     assert [str(change) for change in comparison.stops] == ["train.seed: 0 -> 1"]
-    assert str(comparison.continues[1]) == "strategy: {type: fsdp, reshard_after_forward: true} -> {type: ddp}"
+    assert str(comparison.continues[1]) == (
+        "strategy: {type: fsdp, shard: world, offload: none, reshard_after_forward: true} -> {type: ddp}"
+    )
 
 
 def test_every_top_level_key_has_been_thought_about() -> None:

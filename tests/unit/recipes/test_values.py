@@ -14,7 +14,8 @@ from ftlaunch.recipes.load import as_stored, load_recipe, parse_recipe_text
 from ftlaunch.recipes.problems import Origin, RecipeError
 from ftlaunch.recipes.redact import REDACTED, dump_recipe, redact
 from ftlaunch.recipes.scalars import core_value
-from ftlaunch.recipes.schema import Data, Ddp, EvalSplit, Model, Recipe, Train, TrainSource
+from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train, TrainSource
+from ftlaunch.recipes.schema_strategy import Ddp
 from ftlaunch.recipes.variables import substitute
 
 SMALLEST = "model: {path: m}\ndata:\n  train:\n    - path: rows.jsonl\n"
@@ -269,6 +270,13 @@ def test_shipped_recipes_load_without_a_word(path: Path) -> None:
 
 def test_the_promised_recipes_are_there() -> None:
     assert {path.stem for path in RECIPE_FILES} >= {
-        *("llama-3.1-8b-lora", "llama-3.1-8b-full", "qwen3-0.6b-full", "qwen3-8b-lora", "mistral-7b-lora"),
+        *(
+            "llama-3.1-8b-lora",
+            "llama-3.1-8b-full",
+            "qwen3-0.6b-full",
+            "qwen3-8b-lora",
+            "qwen3-14b-zero3",
+            "mistral-7b-lora",
+        ),
         *("continued-pretraining", "smallest"),
     }
