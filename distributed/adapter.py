@@ -70,6 +70,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
+def is_inside_adapter(name: str) -> bool:
+    """Whether a module of peft's model belongs to the adapter, copies that are trained whole included."""
+    return ".lora_" in name or ".modules_to_save." in name or ".original_module" in name
+
+
 def _config(adapter: Lora) -> Any:
     from peft import LoraConfig
 

@@ -46,6 +46,7 @@ from .monitor import Monitor, PlainMonitor
 from .optimizers.table import layout_note
 from .probes import check_packing, check_positions, choose_attention, choose_head
 from .published import base_of, published_files, read_base
+from .quantized import QuantizingReader
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
 from .save_mode import agree_on_mode
@@ -261,7 +262,7 @@ def _load(
 
     def load() -> tuple[dict[str, Any] | None, list[float]]:
         if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
-            reader = CheckpointReader(folder.url)
+            reader = QuantizingReader(CheckpointReader(folder.url), built.packed, group.world.device)
             check_base(built, reader)
             engine.load_base(reader)
         if attempt.resume is None:

@@ -18,6 +18,7 @@ from ..recipes.errors import UserError
 from ..recipes.schema import Recipe
 from .adapter import adapt
 from .loss_model import LossModel
+from .quantized import Packing, packings, quantize_base
 
 if TYPE_CHECKING:
     from .model_files import ModelFolder
@@ -32,7 +33,8 @@ class BuiltModel:
     `published` maps a parameter's name inside `loss_model` to its name in checkpoint files, in checkpoint order; with
     an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
     `shapes` are those of whole parameters, which a strategy may hold flat; `tables` the names of embeddings and heads,
-    which some optimizers treat otherwise. Tied parameters appear once.
+    which some optimizers treat otherwise; `packed` weights of the base that are held in 4 bits, by their stored names.
+    Tied parameters appear once.
     """
 
     loss_model: LossModel
@@ -40,6 +42,7 @@ class BuiltModel:
     base: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     tables: frozenset[str]
+    packed: dict[str, Packing]
     has_adapter: bool
 
     @property
@@ -65,6 +68,8 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     """The recipe's model, frozen and adapted, without values. Raises UserError for what cannot be trained."""
     causal_lm = _structure(recipe, folder)
     model = causal_lm if recipe.adapter is None else adapt(causal_lm, recipe.adapter)
+    if recipe.adapter is not None and recipe.adapter.type == "qlora":
+        quantize_base(model, causal_lm, DTYPES[recipe.model.dtype])
     loss_model = LossModel(model, causal_lm)
     if recipe.model.train_layers:
         _train_only(loss_model, recipe.model.train_layers)
@@ -75,7 +80,8 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in loss_model.named_parameters()}
     base = {name: base_name(name) for name in shapes if not is_adapter_tensor(name)}
     published = {name: adapter_name(name) for name in shapes if is_adapter_tensor(name)} if has_adapter else base
-    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), has_adapter)
+    packed = {base[name]: packing for name, packing in packings(loss_model).items()}
+    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), packed, has_adapter)
 
 
 def _tables(loss_model: LossModel) -> frozenset[str]:

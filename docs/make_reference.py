@@ -49,7 +49,7 @@ def _heading(place: Place) -> str:
 
 
 def _type(root: JsonSchema, name: str, schema: JsonSchema) -> str:
-    return "name of the kind" if name == "type" else expected(root, schema).replace(" (keys and values)", "")
+    return "name of the kind" if "const" in schema else expected(root, schema).replace(" (keys and values)", "")
 
 
 def _default(schema: JsonSchema, *, required: bool) -> str:
@@ -63,7 +63,7 @@ def _default(schema: JsonSchema, *, required: bool) -> str:
 
 def _meaning(root: JsonSchema, name: str, schema: JsonSchema) -> str:
     """The field's docstring; where that says no more than its section's, pydantic keeps only the latter."""
-    if name == "type":
+    if "const" in schema:
         return f"`{schema['const']}`"
     said = schema.get("description") or options(root, schema)[0]["description"]
     return str(said).replace("\n", " ").replace("|", "\\|")

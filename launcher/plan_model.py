@@ -25,6 +25,8 @@ from .unknown import Unknown, ask
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 BYTES = {"bfloat16": 2, "float32": 4}
+BYTES_IN_4_BITS = 0.5 + 4 / 64
+"""NF4 with a scale for every 64 weights."""
 EMBEDDINGS = re.compile(r"(embed|\bwte\b|\bwpe\b|position)", re.IGNORECASE)
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
 ACTIVATION_BYTES = 34
@@ -35,7 +37,8 @@ ACTIVATION_BYTES = 34
 @dataclass(frozen=True)
 class ModelPlan:
     """Parameters counted from the headers. `stored` are the tensors that a checkpoint publishes, `trained` those with
-    optimizer state, `hidden_size` and `num_layers` are 0 where config.json names them otherwise."""
+    optimizer state; `quantized` counts parameters that are held in 4 bits; `hidden_size` and `num_layers` are 0 where
+    config.json names them otherwise."""
 
     model_type: str
     parameters: int
@@ -44,6 +47,7 @@ class ModelPlan:
     trained: tuple[TensorSpec, ...]
     hidden_size: int
     num_layers: int
+    quantized: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def from_headers(recipe: Recipe, config: Mapping[str, Any], files: FileSet) -> M
         trained=tuple(trained),
         hidden_size=int(shape.get("hidden_size", shape.get("n_embd", 0))),
         num_layers=int(shape.get("num_hidden_layers", shape.get("n_layer", 0))),
+        quantized=sum(num_elements(spec) for spec in whole if _is_in_4_bits(recipe, spec)),
     )
 
 
@@ -161,11 +166,21 @@ def _is_target(lora: Lora, spec: TensorSpec) -> bool:
     if len(spec.shape) != 2 or not spec.name.endswith(".weight"):
         return False
     module = spec.name.removesuffix(".weight")
+    if lora.target_modules == "all-linear":
+        return _is_linear(spec)
     if isinstance(lora.target_modules, tuple):
         return any(module == target or module.endswith(f".{target}") for target in lora.target_modules)
-    if lora.target_modules != "all-linear":
-        return re.fullmatch(lora.target_modules, module) is not None
-    return not EMBEDDINGS.search(module) and not HEADS.search(spec.name)
+    return re.fullmatch(lora.target_modules, module) is not None
+
+
+def _is_linear(spec: TensorSpec) -> bool:
+    """A linear layer's weight that is not the head's."""
+    is_weight = len(spec.shape) == 2 and spec.name.endswith(".weight")
+    return is_weight and not EMBEDDINGS.search(spec.name) and not HEADS.search(spec.name)
+
+
+def _is_in_4_bits(recipe: Recipe, spec: TensorSpec) -> bool:
+    return recipe.adapter is not None and recipe.adapter.type == "qlora" and _is_linear(spec)
 
 
 def plan_checkpoint(recipe: Recipe, model: ModelPlan) -> tuple[PlannedFile, ...]:
@@ -208,8 +223,9 @@ def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int, nodes: int = 1) ->
     block = max(_block_sizes(model, recipe), default=0)
     state = sum(num_elements(spec) for part in _optimizer_state(recipe, model).values() for spec in part)
     each = kept(recipe, ranks, nodes, width)
+    in_4_bits = BYTES_IN_4_BITS / width * model.quantized  # as so many parameters of the usual width
     return MemoryPlan(
-        weights=math.ceil(each.trained * model.trainable + each.frozen * frozen),
+        weights=math.ceil(each.trained * model.trainable + each.frozen * (frozen - model.quantized + in_4_bits)),
         gradients=math.ceil(each.gradients * model.trainable),
         optimizer=math.ceil(each.optimizer * BYTES_OF_STATE[recipe.train.optimizer] * state),
         gathered=2 * width * block * each.gathers,  # the block at work and the one that is fetched ahead

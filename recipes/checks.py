@@ -176,6 +176,12 @@ def best_by_some_metric(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("checkpoint.keep_best", "nothing is measured between the saves", "set evaluate.every_steps")
 
 
+def dora_on_whole_weights(recipe: Recipe) -> Iterator[Problem]:
+    """DoRA measures the lengths of the weights' rows in every step."""
+    if recipe.adapter is not None and recipe.adapter.type == "qlora" and recipe.adapter.use_dora:
+        yield Problem("adapter.use_dora", "not with a base in 4 bits", "leave it out, or take type: lora")
+
+
 def early_stopping_metric(recipe: Recipe) -> Iterator[Problem]:
     """The metric must be the loss of an eval set that exists."""
     stopping = recipe.evaluate.early_stopping
@@ -252,6 +258,19 @@ def deepspeed_stage(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("train.optimizer", message, "set train.optimizer: adamw, or take strategy {type: fsdp}")
 
 
+def adapters_under_deepspeed(recipe: Recipe) -> Iterator[Problem]:
+    """ZeRO takes weights apart in flat pieces, and gathers them for their own layer's forward pass only."""
+    adapter, strategy = recipe.adapter, recipe.strategy
+    if adapter is None or not isinstance(strategy, Deepspeed):
+        return
+    if adapter.type == "qlora":
+        remedy = "take strategy {type: fsdp}, or adapter.type: lora"
+        yield Problem("adapter.type", "a base in 4 bits is not laid out by DeepSpeed", remedy)
+    if adapter.use_dora and strategy.stage == 3:
+        remedy = "take strategy {type: fsdp}, or a lower stage"
+        yield Problem("adapter.use_dora", "DoRA looks at weights that DeepSpeed's stage 3 has put away", remedy)
+
+
 CHECKS: tuple[Check, ...] = (
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
@@ -267,6 +286,8 @@ CHECKS: tuple[Check, ...] = (
     Check(target_spelling, ("adapter",)),
     Check(adapter_within_the_weights, ("adapter", "train")),
     Check(best_by_some_metric, ("checkpoint", "evaluate", "data")),
+    Check(dora_on_whole_weights, ("adapter",)),
+    Check(adapters_under_deepspeed, ("adapter", "strategy")),
     Check(early_stopping_metric, ("evaluate", "data")),
     Check(early_stopping_needs_steps, ("evaluate",)),
     Check(evaluation_has_data, ("evaluate", "data")),

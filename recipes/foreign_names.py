@@ -38,7 +38,8 @@ _ACCUMULATE = (
 )
 _RESUME = ("", "leave it out: running the same recipe again continues its unfinished run")
 _TF32 = ("", "leave it out: compute precision follows model.dtype")
-_QUANTIZED = ("", "quantised base weights are not supported; leave it out and train with adapter: {type: lora}")
+_QUANTIZED = ("adapter.type", "adapter: {type: qlora} holds the base in 4 bits")
+_IN_8_BITS = ("adapter.type", "in 8 bits it is not supported; adapter: {type: qlora} holds the base in 4 bits")
 _LOGGING = ("", "leave it out: every step is in metrics.jsonl")
 _NODES = ("cluster.nodes", "or --nodes on the command line")
 _GPUS = ("cluster.gpus_per_node", "or --gpus-per-node on the command line")
@@ -126,7 +127,9 @@ FOREIGN_NAMES: dict[str, tuple[str, str]] = {
     "peft_config": ("adapter", "{type: lora, rank: 16, alpha: 32}"),
     "finetuning_type": ("adapter", "left out: full fine-tuning"),
     "load_in_4bit": _QUANTIZED,
-    "load_in_8bit": _QUANTIZED,
+    "load_in_8bit": _IN_8_BITS,
+    "bnb_4bit_quant_type": _QUANTIZED,
+    "qlora": ("adapter", "{type: qlora, rank: 16, alpha: 32}"),
     "quantization_bit": _QUANTIZED,
     # method
     "train_on_inputs": ("method.train_on", "assistant, last_assistant, completion or all"),

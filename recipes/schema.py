@@ -43,7 +43,9 @@ class Model(Section):
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), through peft."""
 
-    type: Literal["lora"] = "lora"
+    type: Literal["lora", "qlora"] = "lora"
+    """`qlora`: the base's linear layers are held in 4 bits (NF4, Dettmers et al. 2023, arXiv:2305.14314), all but the
+    head, through bitsandbytes: a third of the memory of bfloat16, for slower steps."""
     rank: PositiveInt = 16
     """Rank of the update; 16 is the usual start."""
     alpha: Annotated[float, Field(gt=0)] = 32.0

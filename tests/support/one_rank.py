@@ -22,6 +22,7 @@ from ftlaunch.distributed.entry import PolicyModel
 from ftlaunch.distributed.group import Group
 from ftlaunch.distributed.model import BuiltModel, base_name, build_model
 from ftlaunch.distributed.model_files import find_model
+from ftlaunch.distributed.quantized import QuantizingReader
 from ftlaunch.distributed.run_data import open_data
 from ftlaunch.distributed.strategies.base import Engine
 from ftlaunch.distributed.strategies.table import prepare
@@ -58,8 +59,8 @@ class Rank:
         engine = prepare(built, typed, world or World())
         if typed.model.init == "pretrained":
             base = CheckpointReader(folder.url)
-            engine.load_base(base)
             world = world or World()
+            engine.load_base(QuantizingReader(base, built.packed, world.device))
             start_adapter(engine, built, typed, base, Group(world, Peers(world.rank, world.size, None)))
         return cls(typed, built, engine)
 

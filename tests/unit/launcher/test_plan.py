@@ -320,6 +320,14 @@ def test_memory_by_stage_of_deepspeed(place):
     assert offloaded.weights == offloaded.gradients == offloaded.optimizer == 0
 
 
+def test_memory_of_a_base_in_4_bits(place):
+    lora, qlora = (recipe(adapter={"type": kind, "rank": 4}) for kind in ("lora", "qlora"))
+    plain, packed = (plan_memory(one, model_plan(place, adapter=one.adapter.model_dump()), 1) for one in (lora, qlora))
+    linear = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
+    assert plain.weights - packed.weights == pytest.approx((2 - 36 / 64) * linear, abs=2)
+    assert plain.optimizer == packed.optimizer
+
+
 def test_memory_of_an_unusual_configuration_is_unknown(place):
     odd = {"model_type": "odd"}
     assert isinstance(plan_memory(recipe(), from_headers(recipe(), odd, open_folder(str(place / "base"))), 1), Unknown)

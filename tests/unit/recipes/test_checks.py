@@ -154,6 +154,25 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             (".*[q_proj", r".*\.(q|v)_proj"),
         )
     ],
+    "dora_on_whole_weights": [
+        (
+            {"adapter": {"type": "qlora", "use_dora": True}},
+            "adapter.use_dora",
+            {"adapter": {"type": "qlora", "use_rslora": True}},
+        )
+    ],
+    "adapters_under_deepspeed": [
+        (
+            {"adapter": {"type": "qlora"}, "strategy": {"type": "deepspeed", "stage": 2}},
+            "adapter.type",
+            {"adapter": {"type": "lora"}, "strategy": {"type": "deepspeed", "stage": 2}},
+        ),
+        (
+            {"adapter": {"use_dora": True}, "strategy": {"type": "deepspeed", "stage": 3}},
+            "adapter.use_dora",
+            {"adapter": {"use_dora": True}, "strategy": {"type": "deepspeed", "stage": 2}},
+        ),
+    ],
     "adapter_within_the_weights": [
         ({"adapter": {"init": "pissa", "dropout": 0.1}}, "adapter.dropout", {"adapter": {"dropout": 0.1}}),
         (

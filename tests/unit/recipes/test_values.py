@@ -273,6 +273,7 @@ def test_the_promised_recipes_are_there() -> None:
         *(
             "llama-3.1-8b-lora",
             "llama-3.1-8b-full",
+            "llama-3.1-8b-qlora",
             "qwen3-0.6b-full",
             "qwen3-8b-lora",
             "qwen3-14b-zero3",
