@@ -52,7 +52,9 @@ class Layout(NamedTuple):
 
 
 TABLE = [
-    Layout(*values) for values in itertools.product((False, True), (False, True), STRATEGIES, (1, 2, 3, 4), (1, 2, 4))
+    Layout(tied, lora, strategy, size, micro)
+    for tied, lora, strategy, size in itertools.product((False, True), (False, True), STRATEGIES, (1, 2, 3, 4))
+    for micro in ((1, 2, 4) if strategy in ("fsdp", "ddp") else (1, 4))
 ]
 
 
