@@ -59,6 +59,11 @@ class BuiltModel:
         trained = {name for name, parameter in self.loss_model.named_parameters() if parameter.requires_grad}
         return frozenset(published for name, published in self.published.items() if name not in trained)
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers that are compiled, sharded and recomputed each as one."""
+        names = self.loss_model.causal_lm._no_split_modules or ()
+        return [module for module in self.loss_model.modules() if type(module).__name__ in names]
+
     def copied_from(self, name: str) -> str | None:
         """For a copy that is trained whole beside an adapter: the stored name of what it starts as."""
         return self.base[name.replace(".modules_to_save.default.", ".original_module.")] if is_copy(name) else None

@@ -45,6 +45,8 @@ class DeepspeedEngine:
         self._materialise(config)
         self._parameters = dict(built.loss_model.named_parameters())
         self._adamw = self._optimizer(template)
+        for block in built.blocks() if recipe.train.compile else ():
+            block.compile()
         with compat.quiet():
             self._engine: Any = self._deepspeed.initialize(
                 model=built.loss_model, optimizer=self._adamw, config=config, dist_init_required=False

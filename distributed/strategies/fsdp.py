@@ -216,7 +216,7 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
     """
     dtype, is_offloaded = DTYPES[recipe.model.dtype], _is_offloaded(recipe)
     if mesh.size() == 1 and dtype == torch.float32 and not is_offloaded:
-        for block in _blocks(built) if recipe.train.compile else ():
+        for block in built.blocks() if recipe.train.compile else ():
             block.compile()
         return built.loss_model
     policy = MixedPrecisionPolicy(
@@ -224,7 +224,7 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if is_offloaded else OffloadPolicy()
     reshard = recipe.strategy.reshard_after_forward if isinstance(recipe.strategy, Fsdp) else False
-    for block in _blocks(built):
+    for block in built.blocks():
         if recipe.train.compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
@@ -236,11 +236,6 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
             # Without this gloo would be asked for a pre-multiplied sum, which it does not have.
             module.set_force_sum_reduction_for_comms(True)
     return root
-
-
-def _blocks(built: BuiltModel) -> list[nn.Module]:
-    names = built.loss_model.causal_lm._no_split_modules or ()
-    return [module for module in built.loss_model.modules() if type(module).__name__ in names]
 
 
 def _local(tensor: Tensor) -> Tensor:

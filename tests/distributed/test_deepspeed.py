@@ -23,6 +23,7 @@ from processes import run as run_command
 from processes import torchrun
 from safetensors.torch import load_file
 from tiny import make_model, recipe_for, write_recipe
+from torch._dynamo.utils import counters
 from training import STRATEGIES, Trained, train, train_all
 from transformers import AutoModelForCausalLM
 
@@ -222,6 +223,43 @@ def test_a_head_in_chunks_differs_between_ranks(tmp_path, monkeypatch):
     runs = train_all(settings, 2)
     for expected, run in zip(runs[::2], runs[1::2], strict=True):
         assert run.losses == pytest.approx(expected.losses, rel=1e-5), run.directory.name
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pissa": {**LORA, "init": "pissa"},
+    "dora": {**LORA, "use_dora": True},
+}
+
+
+def test_variants_of_lora_under_zero3(tmp_path):
+    names = ("fsdp", "zero3")
+    runs = train_all(
+        [recipe(tmp_path, f"{v}-{n}", n, 3, adapter=adapter) for v, adapter in VARIANTS.items() for n in names], 2
+    )
+    for expected, run in zip(runs[::2], runs[1::2], strict=True):
+        assert run.losses == pytest.approx(expected.losses, rel=1e-5), run.directory.name
+        check_tensors(run, expected, SUM_TOLERANCE)
+
+
+def loss_norm_and_graphs(rank: int, size: int, settings: dict[str, Any]) -> tuple[float, float, int]:
+    """One step's loss and gradient norm, and how many graphs were compiled for it."""
+    counters.clear()
+    made = Rank.build(settings)
+    batch = {name: torch.arange(1, 33).remainder(29)[None] for name in ("input_ids", "targets")}
+    loss = made.engine.module(batch).sum()
+    made.engine.backward(loss, 32.0, last_micro_batch=True)
+    return float(loss.detach()), made.engine.step(), counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_under_zero2(tmp_path):
+    """Fused kernels round elsewhere, and learn the same; see test_training_options.py for the bound."""
+    make_model(tmp_path / "one-block", num_hidden_layers=1)
+    settings = recipe(tmp_path, "compiled", "zero2", 1, model={"path": str(tmp_path / "one-block")})
+    [(*plain, none)] = run_distributed(loss_norm_and_graphs, 1, settings)
+    settings["train"]["compile"] = True
+    [(*compiled, graphs)] = run_distributed(loss_norm_and_graphs, 1, settings, timeout_s=600.0)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert none == 0 and graphs > 0
 
 
 def test_a_run_is_quiet_and_needs_no_compiler(tmp_path):
