@@ -52,14 +52,15 @@ LORA = {"type": "lora", "rank": 4}
     [
         ("pretrained", "fsdp", None, 0.6, 0.9),
         ("random", "fsdp", None, 0.6, 0.9),
-        ("pretrained", "zero3", LORA, 0.1, 0.3),
+        ("pretrained", "zero3", LORA, 0.1, 0.5),
     ],
 )
 def test_no_rank_ever_holds_the_whole_model(tmp_path, init, strategy, adapter, least, most):
     """A bf16 folder, trained in full: a rank of four keeps a quarter of the fp32 masters and of both moments, 0.75 of
     a model in fp32. Measured: 0.78; 1.03 where every rank made the whole model before it kept its part. So 0.9 lies in
-    between, as far from either as five of its tensors are large. An adapter leaves a quarter of the bf16 weights under
-    ZeRO-3, 0.125, and a whole model would be 0.5; in full what comes after the start would hide it."""
+    between, as far from either as five of its tensors are large. With an adapter ZeRO-3
+    keeps a quarter of the bf16 weights, 0.125; measured: 0.36 with what DeepSpeed hooks into each module, to which a
+    whole model would add 0.375. In full, what comes after the start would hide that."""
     folder = make_model(tmp_path / "large", hidden_size=512, intermediate_size=1536, num_hidden_layers=10)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)
