@@ -259,16 +259,11 @@ def deepspeed_stage(recipe: Recipe) -> Iterator[Problem]:
 
 
 def adapters_under_deepspeed(recipe: Recipe) -> Iterator[Problem]:
-    """ZeRO takes weights apart in flat pieces, and gathers them for their own layer's forward pass only."""
+    """ZeRO takes weights apart in flat pieces."""
     adapter, strategy = recipe.adapter, recipe.strategy
-    if adapter is None or not isinstance(strategy, Deepspeed):
-        return
-    if adapter.type == "qlora":
+    if adapter is not None and adapter.type == "qlora" and isinstance(strategy, Deepspeed):
         remedy = "take strategy {type: fsdp}, or adapter.type: lora"
         yield Problem("adapter.type", "a base in 4 bits is not laid out by DeepSpeed", remedy)
-    if adapter.use_dora and strategy.stage == 3:
-        remedy = "take strategy {type: fsdp}, or a lower stage"
-        yield Problem("adapter.use_dora", "DoRA looks at weights that DeepSpeed's stage 3 has put away", remedy)
 
 
 CHECKS: tuple[Check, ...] = (

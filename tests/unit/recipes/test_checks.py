@@ -167,11 +167,6 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             "adapter.type",
             {"adapter": {"type": "lora"}, "strategy": {"type": "deepspeed", "stage": 2}},
         ),
-        (
-            {"adapter": {"use_dora": True}, "strategy": {"type": "deepspeed", "stage": 3}},
-            "adapter.use_dora",
-            {"adapter": {"use_dora": True}, "strategy": {"type": "deepspeed", "stage": 2}},
-        ),
     ],
     "adapter_within_the_weights": [
         ({"adapter": {"init": "pissa", "dropout": 0.1}}, "adapter.dropout", {"adapter": {"dropout": 0.1}}),
