@@ -47,10 +47,11 @@ from .optimizers.table import layout_note
 from .probes import check_packing, check_positions, choose_attention, choose_head
 from .published import base_of, published_files, read_base
 from .quantized import QuantizingReader
+from .resume import load_newest
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
 from .save_mode import agree_on_mode
-from .saver import Saver, load_parts, parts_of, read_state
+from .saver import Saver, parts_of
 from .schedule import Extent
 from .strategies.base import Engine
 from .strategies.table import prepare
@@ -158,7 +159,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
     built = build_model(recipe, folder)
     with within_memory(world, "laying out the model"):
         engine = prepare(built, recipe, world)
-    state = _load(recipe, built, engine, folder, attempt, group)
+    state = _load(recipe, built, engine, folder, attempt, group, recorder)
     extent, states = _where(state, data, recorder)
     stream = group.alike(lambda: data.training_stream(states), "continuing the training data")
     _probe(recipe, built, engine, group, recorder)
@@ -184,7 +185,7 @@ def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, 
         has_adapter=built.has_adapter,
         frozen=content.frozen,
         data_digest=data.digest,
-        last_step=attempt.resume.step if attempt.resume else None,
+        last_step=extent.steps if state else None,
     )
     resources.push(saver.close)
     say("training")
@@ -256,22 +257,24 @@ def _base_url(recipe: Recipe, attempt: Attempt) -> str:
 
 
 def _load(
-    recipe: Recipe, built: BuiltModel, engine: Engine, folder: ModelFolder, attempt: Attempt, group: Group
+    recipe: Recipe,
+    built: BuiltModel,
+    engine: Engine,
+    folder: ModelFolder,
+    attempt: Attempt,
+    group: Group,
+    recorder: Recorder | None,
 ) -> dict[str, Any] | None:
     """Weights from the newest checkpoint or else from where the run starts; the state to continue from, if any."""
 
-    def load() -> tuple[dict[str, Any] | None, list[float]]:
+    def load_base() -> None:
         if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
             reader = QuantizingReader(CheckpointReader(folder.url), built.packed, group.world.device)
             check_base(built, reader)
             engine.load_base(reader)
-        if attempt.resume is None:
-            return None, []
-        directory = attempt.run.path(attempt.resume.directory)
-        load_parts(engine, directory, built.has_adapter)
-        return read_state(directory), []
 
-    state = group.act_and_sum(load, width=0, doing="loading weights")[0]
+    group.alike(load_base, "loading weights")
+    state = load_newest(engine, built.has_adapter, attempt, group, recorder)
     if attempt.resume is None and built.has_adapter:
         start_adapter(engine, built, recipe, CheckpointReader(folder.url), group)
     return state

@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 from ..recipes.naming import best_metric
 from ..recipes.schema import Recipe
-from . import storage
 from .background import Work
 from .checkpoint.commit import add_metrics
 from .checkpoint.content import Content
-from .checkpoint.manifest import STATE_PATH
+from .checkpoint.manifest import STATE_PATH, read_checked, read_manifest
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.retention import Retention, apply_retention
-from .checkpoint.save import CheckpointWriter, folder_of
+from .checkpoint.save import CheckpointWriter, folder_of, path_of
 from .checkpoint.staging import Staging
 from .data import counters
 from .data.stream import Stream
@@ -207,13 +206,18 @@ def stem_of(part: str, has_adapter: bool) -> str:
 
 def read_state(directory: str) -> dict[str, Any]:
     """The state beside a checkpoint's tensors."""
-    state: dict[str, Any] = json.loads(storage.read_bytes(storage.join(directory, STATE_PATH)))
+    record = next(file for file in read_manifest(directory).files if file.path == STATE_PATH)
+    state: dict[str, Any] = json.loads(bytes(read_checked(directory, STATE_PATH, record.spans, 0, record.size)))
     return state
 
 
 def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
-    """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges."""
+    """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
+    against the manifest's checksums. Raises DamagedError for bytes that are not what was written."""
+    files = {file.path: file for file in read_manifest(directory).files}
     for part in engine.parts:
         stem = stem_of(part, has_adapter)
-        engine.load(part, CheckpointReader(folder_of(directory, stem), stem))
+        prefix = path_of(stem, "")
+        spans = {path.removeprefix(prefix): file.spans for path, file in files.items() if path.startswith(prefix)}
+        engine.load(part, CheckpointReader(folder_of(directory, stem), stem, spans))
     engine.load_optimizer_state(read_state(directory)["optimizer"])

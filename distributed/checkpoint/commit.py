@@ -19,6 +19,8 @@ from .verify import size_problems
 
 COMMITS = "commits"
 
+ASIDE = ".damaged.json"
+
 Report = Callable[[str], None]
 """Takes one line about a commit that is passed over; nothing is skipped silently."""
 
@@ -126,9 +128,22 @@ def latest(run_url: str, report: Report) -> CommitRecord | None:
     return next(usable(run_url, list_commits(run_url, report)[::-1], report), None)
 
 
-def latest_resumable(run_url: str, report: Report) -> CommitRecord | None:
-    """The newest usable commit that training can go on from."""
-    for record in usable(run_url, list_commits(run_url, report)[::-1], report):
+def set_aside(run_url: str, record: CommitRecord) -> None:
+    """A commit that proved damaged counts no more. Its directory stays, and so does the record, under another name."""
+    storage.write_bytes(storage.join(run_url, COMMITS, f"{record.directory}{ASIDE}"), record.to_bytes())
+    storage.delete_tree(commit_url(run_url, record.step))
+
+
+def directories_set_aside(run_url: str) -> set[str]:
+    """Names of the directories of commits that were set aside."""
+    names = storage.list_names(storage.join(run_url, COMMITS))
+    return {name.removesuffix(ASIDE) for name in names if name.endswith(ASIDE)}
+
+
+def latest_resumable(run_url: str, report: Report, before: int | None = None) -> CommitRecord | None:
+    """The newest usable commit that training can go on from; with `before` the newest of earlier steps."""
+    records = [record for record in list_commits(run_url, report) if before is None or record.step < before]
+    for record in usable(run_url, records[::-1], report):
         if read_manifest(storage.join(run_url, record.directory)).is_resumable:
             return record
         report(f"checkpoint of step {record.step} holds its weights only: training cannot go on from it")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ STATE_PATH = f"{TRAINING}state.json"
 
 FORMAT = 1
 """Version of the manifest and of the directory's layout; a reader refuses a newer one."""
+
+
+class DamagedError(UserError):
+    """A file of a checkpoint is not what was written."""
 
 
 class Span(NamedTuple):
@@ -86,6 +91,26 @@ def read_manifest(directory: str) -> Manifest:
         return Manifest(content["step"], content["attempt"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{url} is broken ({error!r}): use another checkpoint of the run.") from error
+
+
+def read_checked(directory: str, path: str, spans: Sequence[Span], start: int, stop: int) -> memoryview | bytes:
+    """Bytes [start, stop) of a file, read with the rest of the spans they lie in and held against their checksums.
+
+    Raises DamagedError for what differs twice: a single read may have gone wrong on the way."""
+    url = storage.join(directory, path)
+    first = bisect_right(spans, start, key=lambda span: span.offset) - 1
+    touched = [span for span in spans[first:] if span.offset < stop]
+    if start == stop or not touched:
+        return b""
+    begin, end = touched[0].offset, touched[-1].offset + touched[-1].length
+    for last in (False, True):
+        data = memoryview(storage.read_range(url, begin, end))
+        wrong = [span for span in touched if zlib.crc32(data[span.offset - begin :][: span.length]) != span.crc32]
+        if not wrong:
+            return data[start - begin : stop - begin]
+        if last:
+            raise DamagedError(f"{url}: bytes {wrong[0].offset} to {sum(wrong[0][:2])} are not what was written")
+    raise AssertionError("the second read returns or raises")
 
 
 def span_problems(directory: str, file: FileRecord, spans: tuple[Span, ...]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from .. import storage
 from .exchange import Range
 from .fragments import TensorSpec
 from .layout import DTYPES, StoredFile, StoredTensor, num_elements, open_folder
+from .manifest import Span, read_checked
 
 READ_BYTES = 16 * 2**20
 """Bytes of one ranged read; a larger range comes as several, side by side."""
@@ -27,11 +28,15 @@ an object store answers each request in some 20 ms."""
 class CheckpointReader:
     """A `FragmentReader` of part `stem` in folder `url`. Opening reads the headers of all files, and nothing else.
 
-    Raises UserError when the folder has no such safetensors files, or broken ones.
+    With `spans` (of files, by name) all that is read is held against their checksums, headers included.
+    Raises UserError when the folder has no such safetensors files, or broken ones, and DamagedError for bytes that are
+    not what was written; so does `read`.
     """
 
-    def __init__(self, url: str, stem: str = "model") -> None:
+    def __init__(self, url: str, stem: str = "model", spans: Mapping[str, Sequence[Span]] | None = None) -> None:
         self.url = url
+        self._spans = spans or {}
+        self._check_headers(stem)
         self.files = open_folder(url, stem)
         self._kept = _Block("", 0, b"")
 
@@ -64,13 +69,22 @@ class CheckpointReader:
         return data.view(getattr(torch, dtype.torch_name))
 
     def _bytes(self, file: StoredFile, place: StoredTensor, start: int, stop: int) -> memoryview | bytes:
-        url = storage.join(self.url, file.name)
         if place.stop - place.start > SMALL_BYTES:
-            return storage.read_range(url, start, stop)
+            return self._read(file.name, start, stop)
         if self._kept.file != file.name or not self._kept.start <= start <= stop <= self._kept.stop:
             end = _end_of_small(file, place)
-            self._kept = _Block(file.name, place.start, storage.read_range(url, place.start, end))
+            self._kept = _Block(file.name, place.start, self._read(file.name, place.start, end))
         return memoryview(self._kept.data)[start - self._kept.start : stop - self._kept.start]
+
+    def _check_headers(self, stem: str) -> None:
+        names = [name for name in self._spans if name.startswith((f"{stem}.", f"{stem}-")) and self._spans[name]]
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            list(pool.map(lambda name: self._read(name, 0, self._spans[name][0].length), names))
+
+    def _read(self, name: str, start: int, stop: int) -> memoryview | bytes:
+        if name in self._spans:
+            return read_checked(self.url, name, self._spans[name], start, stop)
+        return storage.read_range(storage.join(self.url, name), start, stop)
 
     def read_tensor(self, name: str) -> torch.Tensor:
         """A whole tensor in its shape."""
@@ -83,7 +97,7 @@ class _Block(NamedTuple):
 
     file: str
     start: int
-    data: bytes
+    data: memoryview | bytes
 
     @property
     def stop(self) -> int:

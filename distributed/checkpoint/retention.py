@@ -8,7 +8,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .. import storage
-from .commit import CommitRecord, Report, commit_url, directory_problem, list_commits, ranked
+from .commit import (
+    CommitRecord,
+    Report,
+    commit_url,
+    directories_set_aside,
+    directory_problem,
+    list_commits,
+    ranked,
+)
 from .manifest import MANIFEST_NAME, TRAINING, read_manifest
 
 
@@ -52,7 +60,8 @@ def apply_retention(
     records = list_commits(run_url, report)
     whole = [record for record in records if directory_problem(run_url, record) is None]
     keep = retention.steps(whole)
-    gone = orphans(names, records, attempt=attempt, alive=alive)
+    aside = directories_set_aside(run_url)
+    gone = [name for name in orphans(names, records, attempt=attempt, alive=alive) if name not in aside]
     for record in whole:
         if record.step not in keep:
             storage.delete_tree(commit_url(run_url, record.step))

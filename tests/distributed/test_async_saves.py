@@ -309,3 +309,47 @@ def test_layers_that_are_not_trained_are_written_once(tmp_path, mode):
     assert all(torch.equal(weights.read_tensor(n), base.read_tensor(n).bfloat16()) for n in frozen)
     trained = [name for name in weights.names() if name not in frozen]
     assert not any(torch.equal(weights.read_tensor(n), base.read_tensor(n).bfloat16()) for n in trained)
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [("model.safetensors", 0.9), ("training/exp_avg_sq.safetensors", 0.01), ("training/state.json", 0.5)],
+)
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, file, place):
+    """One rank or both may read the bit; both go back, and end with the weights they would have had."""
+    checkpoint = {"every_steps": 2}
+    run(tmp_path, 2, checkpoint, stop_after=5)
+    directory = tmp_path / "runs" / "tiny"
+    newest = read_run(directory).checkpoint
+    flip(newest / file, place)
+    (tmp_path / "rendezvous").unlink()
+    endings, _ = run(tmp_path, 2, checkpoint)
+    assert [ending[0] for ending in endings] == ["finished"] * 2
+    assert any(f"{newest}/{file}: bytes" in text for text in endings[0][2])
+    step, before = int(newest.name[5:11]), max(step for step in (2, 4, 6) if step < int(newest.name[5:11]))
+    assert f"checkpoint of step {step} is set aside: going on from that of step {before}" in endings[0][2]
+    assert newest.exists()
+    assert (directory / "commits" / f"{newest.name}.damaged.json").exists()
+    assert steps_of(directory) == sorted({2, 4, 6, 8})  # an interrupted step that is no multiple was the damaged one
+    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint=checkpoint)], 2)
+    ours, theirs = contents(read_run(directory).checkpoint), contents(plain.checkpoint)
+    del ours["MANIFEST.json"], theirs["MANIFEST.json"]
+    assert ours == theirs
+
+
+def test_a_flipped_bit_without_an_earlier_checkpoint_stops_the_run(tmp_path):
+    run(tmp_path, 2, {"every_steps": None}, stop_after=3)
+    directory = tmp_path / "runs" / "tiny"
+    newest = read_run(directory).checkpoint
+    flip(newest / "training" / "exp_avg.safetensors", 0.7)
+    (tmp_path / "rendezvous").unlink()
+    endings, _ = run(tmp_path, 2, {"every_steps": None})
+    assert [ending[0] for ending in endings] == [UserError.__name__] * 2
+    assert all("exp_avg.safetensors: bytes" in ending[1] and "--fresh" in ending[1] for ending in endings)
+    assert len(list((directory / "commits").glob("*.json"))) == 1
