@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -138,10 +138,12 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
         ending = ending[0], redact(str(error), job.loaded.secrets)
         raise
     finally:
-        if recorder:
-            recorder.close()
-        if job.world.is_main:
-            attempt.run.finish_attempt(attempt.number, *ending)
+        # What made it fail is what counts: a full disk, say, refuses this too.
+        with suppress(FtlaunchError) if ending[0] == "failed" else nullcontext(), ExitStack() as closes:
+            if job.world.is_main:
+                closes.callback(attempt.run.finish_attempt, attempt.number, *ending)
+            if recorder:
+                closes.callback(recorder.close)
 
 
 def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, resources: ExitStack) -> Run:

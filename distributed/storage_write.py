@@ -166,11 +166,11 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
         try:
             yield handle
             handle.close()
+            handle.commit()
         except BaseException:
             handle.close()  # an open handle would finish the upload when it is collected
-            handle.discard()
+            handle.discard()  # parts that are left behind are paid for
             raise
-        handle.commit()
     except OSError as error:
         raise definite_error(url, error) or InfrastructureError(f"cannot write {url}: {error}") from error
 

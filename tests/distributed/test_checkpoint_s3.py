@@ -11,9 +11,11 @@ import urllib.request
 
 import pytest
 import torch
+from faulty_proxy import FaultyProxy
 from harness import run_distributed
+from s3fs import S3FileSystem
 
-from ftlaunch.distributed import storage
+from ftlaunch.distributed import storage, storage_retry, storage_write
 from ftlaunch.distributed.checkpoint.commit import CommitRecord, commit, latest, list_commits
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
 from ftlaunch.distributed.checkpoint.peers import Peers
@@ -136,3 +138,55 @@ def test_the_run_directory_and_retention_on_a_store(run):
     assert apply_retention(run, Retention(1), alive={1}, **about) == []
     assert apply_retention(run, Retention(1), alive=set(), **about) == ["step-000006.a1"]
     assert latest(run, pytest.fail) == record
+
+
+# --- a store that fails in mid-upload -------------------------------------------------------------------------------
+
+LARGE = torch.arange(3_000_000.0)  # 12 MB: three parts of an upload
+
+
+def large(rank, size, step):
+    start, stop = rank * len(LARGE) // size, (rank + 1) * len(LARGE) // size
+    yield Fragment(TensorSpec("w", (len(LARGE),), "F32"), ((start, stop),), LARGE[start:stop] + step)
+
+
+def save_large(rank, size, run, step):
+    storage_write.WRITE_BLOCK_BYTES = 5 * 2**20
+    S3FileSystem.retries = 1  # with its own waits the client would take half a minute to give up
+    writer = CheckpointWriter(run, 1, lambda *_, **__: None, Peers(rank, size))
+    try:
+        return writer.save(step, Content({"model": functools.partial(large, rank, size, step)})).step
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+UPLOADS = {
+    "a part": lambda method, path: method == "PUT" and "partNumber=2" in path,
+    "the completion": lambda method, path: method == "POST" and "uploadId=" in path,
+    "the record": lambda method, path: method == "PUT" and "/commits/" in path,
+}
+
+
+@pytest.mark.parametrize("what", UPLOADS)
+def test_an_upload_that_fails_leaves_earlier_checkpoints_and_nothing_of_its_own(run, server, monkeypatch, what):
+    run = storage.join(run, what.replace(" ", "-"))
+    proxy = FaultyProxy("127.0.0.1", int(server.rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage_retry.RetryPolicy, "wait_s", lambda self, attempt, asked_for_s=0.0: 0.001)
+    assert run_distributed(save_large, 2, run, 5) == [5, 5]
+    proxy.applies, proxy.rates = UPLOADS[what], {"error": 1.0}
+    endings = run_distributed(save_large, 2, run, 10)
+    assert proxy.counts["error"] > 0
+    assert [kind for kind, _ in endings] == ["InfrastructureError"] * 2, endings
+    proxy.calm()
+    proxy.rates = {}
+    assert [record.step for record in list_commits(run, pytest.fail)] == [5]
+    assert verify_checkpoint(storage.join(run, "step-000005.a1")) == []
+    assert storage.list_names(storage.join(run, "step-000010.a1")) == []
+    bucket = run.removeprefix("s3://").partition("/")[0]
+    unfinished = urllib.request.urlopen(f"{server}/{bucket}?uploads").read()
+    assert b"<UploadId>" not in unfinished
+    assert run_distributed(save_large, 2, run, 10) == [10, 10]
+    assert torch.equal(CheckpointReader(storage.join(run, "step-000010.a1")).read_tensor("w"), LARGE + 10)
+    proxy.stop()

@@ -169,7 +169,7 @@ def test_a_first_attempt_that_failed_takes_a_corrected_recipe(launch, tmp_path):
 
 
 def test_two_starts_at_once_do_not_both_train(tmp_path):
-    recipe = recipe_for(tmp_path, train={"max_steps": 200, "lr_scheduler": "constant"})
+    recipe = recipe_for(tmp_path, train={"max_steps": 5000, "lr_scheduler": "constant"})
     path = str(write_recipe(tmp_path / "tiny.yaml", recipe))
     rank = [sys.executable, "-m", "ftlaunch.distributed.entry", path]
     first = Command(rank, tmp_path)
