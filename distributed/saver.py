@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from ..recipes.schema import Recipe
 from .background import Work
 from .checkpoint.commit import add_metrics
 from .checkpoint.content import Content
-from .checkpoint.manifest import STATE_PATH, read_checked, read_manifest
+from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.retention import Retention, apply_retention
@@ -214,10 +214,17 @@ def read_state(directory: str) -> dict[str, Any]:
 def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
     """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
     against the manifest's checksums. Raises DamagedError for bytes that are not what was written."""
-    files = {file.path: file for file in read_manifest(directory).files}
-    for part in engine.parts:
-        stem = stem_of(part, has_adapter)
-        prefix = path_of(stem, "")
-        spans = {path.removeprefix(prefix): file.spans for path, file in files.items() if path.startswith(prefix)}
-        engine.load(part, CheckpointReader(folder_of(directory, stem), stem, spans))
+    files = read_manifest(directory).files
+    stems = {part: stem_of(part, has_adapter) for part in engine.parts}
+    readers = {part: _checked_reader(directory, stem, files) for part, stem in stems.items()}
+    for part, reader in readers.items():
+        engine.load(part, reader)
+    if damaged := [problem for reader in readers.values() for problem in reader.damaged]:
+        raise DamagedError(damaged[0])
     engine.load_optimizer_state(read_state(directory)["optimizer"])
+
+
+def _checked_reader(directory: str, stem: str, files: Sequence[FileRecord]) -> CheckpointReader:
+    prefix = path_of(stem, "")
+    spans = {file.path.removeprefix(prefix): file.spans for file in files if file.path.startswith(prefix)}
+    return CheckpointReader(folder_of(directory, stem), stem, spans)

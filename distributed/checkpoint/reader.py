@@ -13,7 +13,7 @@ from .. import storage
 from .exchange import Range
 from .fragments import TensorSpec
 from .layout import DTYPES, StoredFile, StoredTensor, num_elements, open_folder
-from .manifest import Span, read_checked
+from .manifest import DamagedError, Span, read_checked
 
 READ_BYTES = 16 * 2**20
 """Bytes of one ranged read; a larger range comes as several, side by side."""
@@ -28,13 +28,15 @@ an object store answers each request in some 20 ms."""
 class CheckpointReader:
     """A `FragmentReader` of part `stem` in folder `url`. Opening reads the headers of all files, and nothing else.
 
-    With `spans` (of files, by name) all that is read is held against their checksums, headers included.
-    Raises UserError when the folder has no such safetensors files, or broken ones, and DamagedError for bytes that are
-    not what was written; so does `read`.
+    With `spans` (of files, by name) all that is read is held against their checksums. What is not as it was written
+    is named in `damaged`, and read all the same: an engine may need all ranks for what it does with a tensor.
+    Raises UserError when the folder has no such safetensors files, or broken ones, and DamagedError for headers that
+    are not what was written.
     """
 
     def __init__(self, url: str, stem: str = "model", spans: Mapping[str, Sequence[Span]] | None = None) -> None:
         self.url = url
+        self.damaged: list[str] = []
         self._spans = spans or {}
         self._check_headers(stem)
         self.files = open_folder(url, stem)
@@ -79,11 +81,18 @@ class CheckpointReader:
     def _check_headers(self, stem: str) -> None:
         names = [name for name in self._spans if name.startswith((f"{stem}.", f"{stem}-")) and self._spans[name]]
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            list(pool.map(lambda name: self._read(name, 0, self._spans[name][0].length), names))
+            list(pool.map(self._check_header, names))
+
+    def _check_header(self, name: str) -> None:
+        spans = self._spans[name]
+        read_checked(self.url, name, spans, 0, spans[0].length)
 
     def _read(self, name: str, start: int, stop: int) -> memoryview | bytes:
         if name in self._spans:
-            return read_checked(self.url, name, self._spans[name], start, stop)
+            try:
+                return read_checked(self.url, name, self._spans[name], start, stop)
+            except DamagedError as error:
+                self.damaged.append(str(error))
         return storage.read_range(storage.join(self.url, name), start, stop)
 
     def read_tensor(self, name: str) -> torch.Tensor:
