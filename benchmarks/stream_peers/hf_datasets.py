@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from common import Job, Opened, run, tokenizer_of
+from common import Job, Opened, batched, run, tokenizer_of
 from datasets import load_dataset
 
 
@@ -28,11 +27,8 @@ def open_data(job: Job, state: Any) -> Opened:
     if state is not None:
         data.load_state_dict(state)
 
-    def batches() -> Iterator[list[list[int]]]:
-        for batch in data.batch(job.batch_rows):
-            yield batch["input_ids"]
-
-    return Opened(batches(), data.state_dict)
+    # Rows are taken from `data` itself: `data.batch` would be another object, and the state of this one that of its start.
+    return Opened(batched((row["input_ids"] for row in data), job.batch_rows), data.state_dict)
 
 
 run(open_data)

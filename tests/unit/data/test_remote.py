@@ -206,7 +206,6 @@ def test_a_server_without_ranges_is_refused(web):
         storage.read_range(f"{url}/a.bin", 2, 4)
 
 
-
 def test_a_folder_of_an_object_store_is_listed_in_one_request(s3):
     """Before the first batch every round trip counts."""
     for name in ("one/a.jsonl", "one/deep/b.jsonl", "one/c.txt", "one/_hidden.jsonl", "one.jsonl"):
