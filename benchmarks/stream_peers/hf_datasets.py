@@ -27,7 +27,7 @@ def open_data(job: Job, state: Any) -> Opened:
     if state is not None:
         data.load_state_dict(state)
 
-    # Rows are taken from `data` itself: `data.batch` would be another object, and the state of this one that of its start.
+    # Rows are taken from `data` itself: of what `data.batch` gives, the state of this object knows nothing.
     return Opened(batched((row["input_ids"] for row in data), job.batch_rows), data.state_dict)
 
 
