@@ -186,6 +186,10 @@ class Data(Section):
     streams: PositiveInt | None = None
     """Logical streams the data is cut into; must divide global_batch_size. None: the largest divisor not above
     max(16, world size) at the run's first start; recorded with the run."""
+    disk_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """Local disk (GB, under TMPDIR) that decoded blocks may take on each node, so that neither later epochs nor other
+    ranks fetch them again; the least recently used leave first, and all when the run ends. Of parquet, Arrow, JSON
+    lines, csv and tsv. None: only blocks of 8 MiB and more that several streams share."""
     reader_processes: NonNegativeInt | None = None
     """Processes per rank that read and tokenise; 0: a thread of the rank's own. None: 0 on a CPU, which
     computes on all its cores; on a GPU one for every 4 cores of the rank, at most 2. The steps are the same for any

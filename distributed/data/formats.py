@@ -19,7 +19,7 @@ class Frozen(NamedTuple):
 
 
 class FileFormat(NamedTuple):
-    """How a kind of file is scanned at index time and read later; `frozen`: of formats whose large blocks a node's
+    """How a kind of file is scanned at index time and read later; `frozen`: of formats whose blocks a node's
     processes can share."""
 
     scan: Callable[[FileInfo], Scan]
@@ -48,7 +48,7 @@ _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 FORMATS: dict[str, FileFormat] = {
     "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet, _TABLE, columnar.require_to_fit),
     "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read, _TABLE),
-    "jsonl": FileFormat(jsonl.scan, jsonl.read),
+    "jsonl": FileFormat(jsonl.scan, jsonl.read, Frozen(jsonl.freeze, jsonl.thaw_range)),
     "json": FileFormat(json_rows.scan, partial(whole.read_plain, parse=_PARSERS["json"])),
     "csv": FileFormat(partial(csv_rows.scan, delimiter=","), partial(whole.read_plain, parse=_PARSERS["csv"]), _TABLE),
     "tsv": FileFormat(partial(csv_rows.scan, delimiter="\t"), partial(whole.read_plain, parse=_PARSERS["tsv"]), _TABLE),

@@ -73,16 +73,25 @@ class _Column(Sequence[Any]):
 
 
 def freeze(block: JsonlBlock) -> Any:
-    """The block of a whole file as a table."""
+    """A block as a table."""
     import pyarrow as pa
 
     return pa.table({"line": pa.array(block.rows, pa.large_binary()), "number": pa.array(block.numbers, pa.int64())})
 
 
 def thaw(table: Any, address: BlockAddress) -> Block:
-    """The block of such a table."""
+    """The block of such a table, which is a whole file."""
+    return _thawed(table, lambda: 0, address)
+
+
+def thaw_range(table: Any, address: BlockAddress) -> Block:
+    """The block of such a table, which is a byte range of a file; where it begins is only looked up for an error."""
+    return _thawed(table, lambda: lines.newlines_before(address.file, lines.lines_of(address)[1]), address)
+
+
+def _thawed(table: Any, lines_before: Callable[[], int], address: BlockAddress) -> Block:
     rows, numbers = (_Column(table.column(name)) for name in ("line", "number"))
-    return JsonlBlock(rows, numbers, lambda: 0, address.file.url, 0)
+    return JsonlBlock(rows, numbers, lines_before, address.file.url, 0)
 
 
 def scan(file: FileInfo, block_bytes: int = lines.BLOCK_BYTES) -> Scan:

@@ -1,4 +1,5 @@
-"""Large blocks of which each stream serves a part: decoded once on a node, and mapped by all its processes.
+"""Decoded blocks on a node's local disk: large ones of which each stream serves a part, or all of them where the recipe
+asks for it. They are fetched and decoded once, and mapped by all processes of the node.
 
 A decoded block is an Arrow IPC file in a private folder on local disk. Whoever wants a block first decodes it under a
 lock and the others wait; all map the file, so that its pages are in memory once and the system may drop them. The
@@ -37,10 +38,12 @@ MAPPED_BYTES = 2**16
 
 @dataclass(frozen=True)
 class NodePlace:
-    """Where the decoded blocks of one index lie on a node, and how many bytes they may take."""
+    """Where the decoded blocks of one index lie on a node, and how many bytes they may take. `every_block`: small ones
+    too, and those that only one stream serves, so that no later epoch fetches them again."""
 
     folder: Path
     max_bytes: int
+    every_block: bool = False
 
 
 class BlockReader:
@@ -55,14 +58,18 @@ class BlockReader:
 
     def read(self, block: int) -> Block:
         """A block. Raises UserError that names a damaged file."""
-        return self._index.used_rows(block, self._decode(block))
+        return self._read(block, self._place is not None and self._place.every_block)
 
     def read_part(self, block: int) -> Block:
-        """A block that others on the node may want too. Small ones, and formats that cannot be mapped, are read as any
-        other."""
+        """A block that others on the node may want too."""
+        large = int(self._index.block_bytes[block]) >= LARGE_BYTES
+        return self._read(block, self._place is not None and (large or self._place.every_block))
+
+    def _read(self, block: int, shared: bool) -> Block:
+        """Formats that cannot be mapped are never shared."""
         frozen = FORMATS[self._index.kind(block)].frozen
-        if self._place is None or frozen is None or int(self._index.block_bytes[block]) < LARGE_BYTES:
-            return self.read(block)
+        if not shared or frozen is None or self._place is None:
+            return self._index.used_rows(block, self._decode(block))
         path = self._place.folder / f"{block}.arrow"
         table = _mapped(path)
         if table is None:
@@ -132,15 +139,17 @@ def _mapped(path: Path) -> Any | None:
 class NodeFolder:
     """A rank's hold on the folder that the ranks of an attempt share on a node. `key` tells attempts apart."""
 
-    def __init__(self, key: str, base: Path | None = None) -> None:
-        """Raises InfrastructureError where somebody else's folder is in the way."""
+    def __init__(self, key: str, base: Path | None = None, *, every_block_bytes: int | None = None) -> None:
+        """`every_block_bytes`: what all blocks may take; None: only large ones are shared. Raises InfrastructureError
+        where somebody else's folder is in the way."""
         root = (base or Path(tempfile.gettempdir())) / f"ftlaunch-blocks-{os.getuid()}"
         _make_private(root)
         _sweep(root)
         name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         self._lock = _hold(root / f"{name}.lock")
         _make_private(root / name)
-        self.place = NodePlace(root / name, int(shutil.disk_usage(root).free * FREE_SHARE))
+        usual = int(shutil.disk_usage(root).free * FREE_SHARE)
+        self.place = NodePlace(root / name, every_block_bytes or usual, every_block_bytes is not None)
 
     def close(self) -> None:
         """Let go of it; the last one removes it."""

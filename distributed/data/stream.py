@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...recipes.methods.base import Rejected, RowId
-from ...recipes.schema import Recipe
+from ...recipes.schema import Data, Recipe
 from . import counters
 from .feed import AHEAD_BYTES, Feed, ThreadFeed
 from .index import Index
@@ -130,19 +130,25 @@ def open_stream(
 ) -> Stream:
     """The training stream of one rank. `index`: of `recipe.data.train`, in its order; `streams`: logical streams, as
     recorded with the run. `reader_processes` 0: a thread of this process reads; else `encode` and `collate` are
-    pickled. `node_key`: the same for all ranks of an attempt; large blocks are decoded once for those of a node. Raises
-    UserError when the streams do not divide the global batch."""
+    pickled. `node_key`: the same for all ranks of an attempt; blocks that a node's ranks share on disk lie under it.
+    Raises UserError when the streams do not divide the global batch."""
     data, train = recipe.data, recipe.train
     share = share_of(world_rank, world_size, streams, train.global_batch_size, train.micro_batch_size)
     shares = split_share(share, train.micro_batch_size, max(1, reader_processes))
     open_feed = ProcessFeed if reader_processes else ThreadFeed
-    node = NodeFolder(node_key) if node_key and (index.block_bytes >= LARGE_BYTES).any() else None
+    node = _node_folder(index, data, node_key)
     place, cache_bytes = node.place if node else None, CACHE_BYTES // len(shares)
     feeds: list[Feed] = []
     for part in shares:
         spec = PartSpec(index, data, train, part, encode, collate, pad_to_full, cache_bytes, place)
         feeds.append(open_feed(spec, ahead_bytes=AHEAD_BYTES // len(shares)))
     return Stream(feeds, share, total_bytes(plan_lanes(index, data, train, streams)), node)
+
+
+def _node_folder(index: Index, data: Data, key: str | None) -> NodeFolder | None:
+    if key and data.disk_cache_gb is not None:
+        return NodeFolder(key, every_block_bytes=int(data.disk_cache_gb * 1e9))
+    return NodeFolder(key) if key and (index.block_bytes >= LARGE_BYTES).any() else None
 
 
 def usual_readers(cores_per_rank: int, *, on_gpu: bool) -> int:

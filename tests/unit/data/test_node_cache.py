@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tempfile
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from streams import Source, collate, make_case
 
-from ftlaunch.distributed.data import node_cache
+from ftlaunch.distributed.data import node_cache, stream
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.node_cache import BlockReader, NodeFolder, NodePlace
 from ftlaunch.recipes.errors import InfrastructureError, UserError
@@ -142,3 +144,56 @@ def test_numbers_of_blocks_without_tables_are_read_as_ever(tmp_path, place):
     rows = [reader.read_part(0).row(i) for i in range(reader.read(0).num_rows)]
     assert rows == [index.read_block(0).row(i) for i in range(len(rows))]
     assert np.array_equal(list(place.folder.iterdir()), [])
+
+
+def jsonl(folder: Path) -> Path:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in ROWS)
+    (folder / "a.jsonl").write_bytes(lines.encode())
+    return folder / "a.jsonl"
+
+
+@pytest.mark.parametrize("write", [parquet, jsonl, jsonl_gz])
+def test_a_disk_cache_keeps_every_block_and_names_rows_as_before(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(node_cache, "LARGE_BYTES", 2**40)
+    index = build_index([TrainSource(path=str(write(tmp_path)), format="text")], ["s"], block_bytes=1000)
+    (tmp_path / "cache").mkdir()
+    with closing(NodeFolder("run", tmp_path / "cache", every_block_bytes=10**9)) as folder:
+        first, second = BlockReader(index, folder.place), BlockReader(index, folder.place)
+        for block in range(index.num_blocks):
+            plain = index.read_block(block)
+            for cached in (first.read(block), second.read(block), second.read_part(block)):
+                assert [cached.row(i) for i in range(cached.num_rows)] == [plain.row(i) for i in range(plain.num_rows)]
+                assert cached.line(1) == plain.line(1)
+        assert first.read_bytes == int(index.block_bytes.sum())
+        assert second.read_bytes == 0, "another rank of the node fetches nothing again"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_with_a_disk_cache_later_epochs_fetch_nothing(tmp_path, monkeypatch, kind):
+    """Two ranks, three epochs, blocks that nobody keeps in memory: each is fetched once, by whoever wants it first."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(stream, "CACHE_BYTES", 1)
+    sources = [Source([[3] * 40, [5] * 30], kind)]
+    case = make_case(tmp_path, sources, streams=2, data={"disk_cache_gb": 0.01}, train={"num_epochs": 3})
+
+    def read_bytes(key: str | None) -> int:
+        ranks = [
+            stream.open_stream(
+                index=case.index, recipe=case.recipe, world_rank=rank, world_size=2, streams=2, encode=case.encode,
+                collate=collate, node_key=key,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        read, going = 0, True
+        while going:
+            steps = [rank.next_step() for rank in ranks]
+            read += sum(step.read_bytes for step in steps)
+            going = any(step.num_bins for step in steps)
+        for rank in ranks:
+            rank.close()
+        return read
+
+    stored = int(case.index.block_bytes.sum())
+    assert read_bytes("a run") == stored
+    assert read_bytes(None) > 2 * stored
+    assert not list((tmp_path / f"ftlaunch-blocks-{os.getuid()}").glob("*.arrow")), "the last rank removes it"
