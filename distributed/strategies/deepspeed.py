@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-1, 2 and 3: optimizer state, gradients and parameters sharded, optionally kept in the host's memory.
 
-DeepSpeed divides gradients by the number of ranks, so losses are multiplied by it: what arrives is the sum that the
-loop's one global weight asks for. The optimizer is torch's AdamW on DeepSpeed's flat fp32 partitions, and the model
-enters without values: each rank fills just what it holds.
+Gradients are summed over ranks, as under FSDP2, and never averaged: in bfloat16 a loss that is multiplied by three, to
+undo a division by three, rounds otherwise in every layer. The optimizer is torch's AdamW on DeepSpeed's flat fp32
+partitions, and the model enters without values: each rank fills just what it holds.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class DeepspeedEngine:
 
     def backward(self, loss_sum: Tensor, weight_total: float, *, last_micro_batch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
-        self._engine.backward(loss_sum * (self._world.size / weight_total), scale_wrt_gas=False)
+        self._engine.backward(loss_sum / weight_total, scale_wrt_gas=False)
 
     def step(self) -> float:
         # A norm that is not finite is DeepSpeed's "overflow": the update is left out, and the norm says infinity.
@@ -222,6 +222,8 @@ def _as_said(strategy: Deepspeed, train: Train, dtype: str) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # Stage 3 refuses it, and is told in deepspeed_compat.py.
+        "gradient_allreduce_op": "mean" if strategy.stage == 3 else "sum",
         # torch's fused AdamW on the CPU, which needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {

@@ -160,6 +160,8 @@ class Shards:
     def __init__(self, zero: Any, adamw: torch.optim.Optimizer) -> None:
         self._zero = zero
         _create_state(adamw, zero.fp32_partitioned_groups_flat)
+        # What it divides gradients by; there is no `gradient_allreduce_op: sum` for ZeRO-3.
+        zero._gradient_averaging_world_size = lambda _parameters, _size: 1
 
     def range_of(self, parameter: nn.Parameter) -> tuple[int, int]:
         """Where this rank's elements lie in the flattened tensor."""

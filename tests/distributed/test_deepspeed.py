@@ -81,7 +81,7 @@ def check_checkpoints(folder: Path, matrix: list[tuple[int, list[str]]], **chang
 
 def test_each_goes_on_from_one_common_checkpoint(tmp_path):
     """Saved by one rank after three steps; the losses go on as they would have."""
-    check_resumes(tmp_path, [(1, ["zero3"]), (2, ["zero2", "zero3"]), (3, ["zero3-offload"]), (4, ["zero1"])])
+    check_resumes(tmp_path, [(2, ["zero1", "zero3"]), (3, ["zero2", "zero3-offload"])])
 
 
 @pytest.mark.evidence
@@ -154,20 +154,21 @@ def test_a_norm_that_is_not_finite_changes_nothing(tmp_path, dtype):
 
 
 def test_bfloat16_has_fp32_masters(tmp_path):
-    """As under fsdp, bit for bit what one step of either sums in the same order; ZeRO-2 rounds a micro-batch's gradient
-    to bfloat16 once more, after it was summed over ranks."""
-    model = {"dtype": "bfloat16"}
+    """One step on three ranks, without clipping: what fsdp sums, in fp32, and in bfloat16 the very same weights but for
+    those that lie between two of its values. Dividing by the number of ranks, in bfloat16, would show as 5e-3."""
+    changes: dict[str, Any] = {"model": {"dtype": "bfloat16"}, "train": {"max_grad_norm": None}}
     names = ["fsdp", *ZERO]
-    runs = dict(zip(names, train_all([recipe(tmp_path, n, n, 4, model=model) for n in names], 2), strict=True))
-    for name, run in runs.items():
+    runs = train_all([recipe(tmp_path, name, name, 1, **changes) for name in names], 3)
+    for run in runs:
         stored = tensors(run)
         assert {value.dtype for key, value in stored.items() if key.startswith("model")} == {torch.bfloat16}
         assert {value.dtype for key, value in stored.items() if key.startswith("master")} == {torch.float32}
         for key, value in stored.items():
             if key.startswith("model "):
                 assert torch.equal(value, stored[key.replace("model ", "master ", 1)].bfloat16()), key
-        tolerance = 2**-8 if name in ("zero2",) else 1e-6
-        assert run.losses == pytest.approx(runs["fsdp"].losses, rel=tolerance), name
+            else:
+                torch.testing.assert_close(value, tensors(runs[0])[key], rtol=1e-5, atol=1e-7, msg=key)
+        assert run.grad_norms == pytest.approx(runs[0].grad_norms, rel=1e-6)
 
 
 def test_adapters_are_saved_alone_and_nothing_is_gathered(tmp_path):
