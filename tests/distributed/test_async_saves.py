@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_distributed
-from tiny import recipe_for
+from processes import Command
+from tiny import recipe_for, write_recipe
 from training import QuietMonitor, read_run, train_all
 
 from ftlaunch.distributed import entry
@@ -353,3 +356,18 @@ def test_a_flipped_bit_without_an_earlier_checkpoint_stops_the_run(tmp_path):
     assert [ending[0] for ending in endings] == [UserError.__name__] * 2
     assert all("exp_avg.safetensors: bytes" in ending[1] and "--fresh" in ending[1] for ending in endings)
     assert len(list((directory / "commits").glob("*.json"))) == 1
+
+
+def test_sigterm_saves_and_ends_with_130(tmp_path):
+    """The emergency save comes after the one that may be on its way, and is the newest."""
+    train = {"max_steps": 100_000, "lr_scheduler": "constant"}
+    recipe = recipe_for(tmp_path, train=train, checkpoint={"every_steps": 1, "mode": "async", "keep_last": 3})
+    path = str(write_recipe(tmp_path / "tiny.yaml", recipe))
+    command = Command([sys.executable, "-m", "ftlaunch.distributed.entry", path], tmp_path)
+    directory = tmp_path / "runs" / "tiny"
+    assert command.wait_until(lambda: len(list(directory.glob("commits/*.json"))) >= 2)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 130, command.text
+    steps = steps_of(directory)
+    assert steps[-1] == max(line["step"] for line in read_run(directory).steps)
+    assert not [path for path in directory.glob("step-*") if int(path.name[5:11]) not in steps]
