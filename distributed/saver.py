@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..recipes.errors import UserError
 from ..recipes.naming import best_metric
 from ..recipes.schema import Recipe
 from .background import Work
@@ -213,9 +214,11 @@ def read_state(directory: str) -> dict[str, Any]:
 
 def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
     """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
-    against the manifest's checksums. Raises DamagedError for bytes that are not what was written."""
+    against the manifest's checksums. Raises DamagedError for bytes that are not what was written, and UserError for a
+    checkpoint of another optimizer."""
     files = read_manifest(directory).files
     stems = {part: stem_of(part, has_adapter) for part in engine.parts}
+    _refuse_missing(directory, stems.values(), files)
     readers = {part: _checked_reader(directory, stem, files) for part, stem in stems.items()}
     for part, reader in readers.items():
         engine.load(part, reader)
@@ -228,3 +231,16 @@ def _checked_reader(directory: str, stem: str, files: Sequence[FileRecord]) -> C
     prefix = path_of(stem, "")
     spans = {file.path.removeprefix(prefix): file.spans for file in files if file.path.startswith(prefix)}
     return CheckpointReader(folder_of(directory, stem), stem, spans)
+
+
+def _refuse_missing(directory: str, stems: Iterable[str], files: Sequence[FileRecord]) -> None:
+    """Where --accept-changes let another optimizer in."""
+    paths = [file.path for file in files]
+    starts = {stem: (path_of(stem, f"{stem}."), path_of(stem, f"{stem}-")) for stem in stems}
+    missing = [stem for stem, start in starts.items() if not any(path.startswith(start) for path in paths)]
+    if missing:
+        held = ", ".join(path for path in paths if path.endswith(".safetensors"))
+        raise UserError(
+            f"{directory} has no {', '.join(missing)}, from which train.optimizer goes on; it holds {held}. If another "
+            f"optimizer wrote it, set train.optimizer back, or begin a new run with model.path: {directory}."
+        )

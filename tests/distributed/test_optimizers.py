@@ -13,11 +13,12 @@ import torch.distributed as dist
 from bitsandbytes.optim import AdamW8bit
 from harness import run_distributed
 from safetensors.torch import load_file
-from tiny import recipe_for
+from tiny import recipe_for, write_recipe
 from torch import Tensor, nn
 from training import Trained, train, train_all
 from transformers.optimization import Adafactor
 
+from ftlaunch.distributed import entry
 from ftlaunch.distributed.optimizers.base import Shard, ShardGroup, ShardOptimizer
 from ftlaunch.distributed.optimizers.state import STATE
 from ftlaunch.distributed.optimizers.table import OPTIMIZERS, build_optimizer, layout_note
@@ -254,3 +255,13 @@ def test_8_bits_without_their_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="adamw_8bit needs bitsandbytes"):
         built("adamw_8bit", 0, 1)
+
+
+def test_another_optimizers_checkpoint(tmp_path, capsys):
+    """8 bits go on from AdamW's moments, which are the same; Muon cannot, and says what to do."""
+    path = str(write_recipe(tmp_path / "r.yaml", recipe(tmp_path, "changed", "adamw", max_steps=2)))
+    assert entry.main([path]) == 0
+    changed = ["train.max_steps=3", "--accept-changes"]
+    assert entry.main([path, "train.optimizer=muon", *changed]) == 1
+    assert "has no momentum_buffer, from which train.optimizer goes on" in capsys.readouterr().err
+    assert entry.main([path, "train.optimizer=adamw_8bit", *changed]) == 0
