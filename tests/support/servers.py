@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +14,23 @@ from pathlib import Path
 @contextmanager
 def moto_process(folder: Path) -> Iterator[int]:
     """The port of an S3 server on loopback. Servers within one process would share what they hold."""
+    with _server(folder, lambda port: ["-m", "moto.server", "-p", str(port)]) as port:
+        yield port
+
+
+@contextmanager
+def gcs_process(folder: Path, bucket: str) -> Iterator[int]:
+    """The port of a Google Cloud Storage on loopback that has an empty bucket."""
+    program = str(Path(__file__).with_name("gcs_server.py"))
+    with _server(folder, lambda port: [program, str(port), bucket]) as port:
+        yield port
+
+
+@contextmanager
+def _server(folder: Path, arguments: Callable[[int], list[str]]) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    command = [sys.executable, *arguments(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     try:
         while not _answers(port):
