@@ -53,6 +53,19 @@ def test_a_run_joins_trains_and_leaves(cluster, tmp_path):
     assert status.returncode == 0, status.stderr
 
 
+def test_rows_are_prepared_on_a_cluster_that_is_there(cluster, tmp_path):
+    address, variables = cluster
+    recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address})
+    write_recipe(tmp_path / "tiny.yaml", recipe)
+    code, output = run(command("prepare", "tiny.yaml", "--to", "shards"), tmp_path, variables)
+    assert code == 0, output
+    counts = json.loads((tmp_path / "shards/prepared.json").read_text())["sources"]
+    assert {name: count["rows"] for name, count in counts.items()} == {
+        "train/chat": 60, "train/text": 40, "eval/chats": 10,
+    }  # fmt: skip
+    assert len(list((tmp_path / "shards").rglob("*.parquet"))) >= 3
+
+
 def test_more_nodes_than_the_cluster_has(cluster, tmp_path):
     address, variables = cluster
     recipe = recipe_for(tmp_path, cluster={"type": "ray", "address": address, "nodes": 3})

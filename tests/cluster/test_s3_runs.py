@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,8 +15,8 @@ import boto3
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
-from processes import Command, run, torchrun
-from tiny import recipe_for, write_recipe
+from processes import Command, ftlaunch, run, torchrun
+from tiny import recipe_for, text_rows, write_parquet, write_recipe
 from training import read_run
 from transformers import AutoModelForCausalLM
 
@@ -159,3 +160,28 @@ def test_data_over_plain_http(folder, local, tmp_path):
         server.shutdown()
     assert entry.main([str(folder / "local.yaml"), "name=one-rank"]) == 0
     assert read_run(tmp_path / "runs/web").losses == read_run(folder / "runs/one-rank").losses
+
+
+class SlowHandler(RangeHandler):
+    """Answers after a while, one request at a time: `serve_forever` of a server without threads."""
+
+    def do_GET(self) -> None:
+        time.sleep(0.15)
+        super().do_GET()
+
+
+def test_a_run_that_waits_for_its_data_says_so(tmp_path):
+    """Many small blocks behind a slow server, and a model that learns faster than they come."""
+    recipe = recipe_for(tmp_path, name="slow", train={"max_steps": 12, "global_batch_size": 4, "micro_batch_size": 4})
+    write_parquet(tmp_path / "text.parquet", text_rows(400), row_group_size=4)
+    recipe["data"] |= {"eval": [], "pack_buffer": 1}
+    with HTTPServer(("127.0.0.1", 0), partial(SlowHandler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        recipe["data"]["train"] = [{"path": f"{place}/text.parquet", "format": "text"}]
+        code, said = run(ftlaunch(str(write_recipe(tmp_path / "slow.yaml", recipe))), tmp_path)
+        server.shutdown()
+    assert code == 0, said
+    assert sum(step["data_wait_s"] for step in read_run(tmp_path / "runs/slow").steps[1:]) > 0.15
+    assert "the data is the bottleneck" in " ".join(said.split())
+    assert "the data is the bottleneck" in (tmp_path / "runs/slow/report.html").read_text()

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ftlaunch.distributed.data import columnar, lines
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.cache import BlockCache
 from ftlaunch.distributed.data.changes import find_changes
+from ftlaunch.distributed.data.formats import FORMATS
 from ftlaunch.distributed.data.index import Index
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.formats import detect_format
@@ -288,3 +290,18 @@ def test_a_failed_read_is_raised_and_tried_again():
         cache.get(0)
     assert cache.get(0).num_rows == 1
     cache.close()
+
+
+def test_footers_are_read_at_once(tmp_path, monkeypatch):
+    """Each waits until four are being read: one after the other they would never be."""
+    for number in range(4):
+        pq.write_table(pa.table({"text": [f"row {number}"]}), tmp_path / f"{number}.parquet")
+    together = threading.Barrier(4)
+
+    def scan(file):
+        together.wait(timeout=60)
+        return columnar.scan_parquet(file)
+
+    monkeypatch.setitem(FORMATS, "parquet", FORMATS["parquet"]._replace(scan=scan))
+    index = build_index([Source(path=str(tmp_path), format="text")], ["s"])
+    assert [file.url for file in index.files] == [str(tmp_path / f"{number}.parquet") for number in range(4)]
