@@ -22,7 +22,8 @@ def histogram_svg(shown: Histogram, limit: int, *, alarming: bool) -> str:
     parts += [_bar(shown, number, x, y, limit if alarming else math.inf) for number in range(bins)]
     every = max(1, math.ceil(bins / 8))
     parts += [
-        _text(x(number), HEIGHT - BOTTOM + 17, "middle", f"{shown.edges[number]:,.0f}")
+        # The last one ends where the picture does.
+        _text(x(number), HEIGHT - BOTTOM + 17, "end" if number == bins else "middle", f"{shown.edges[number]:,.0f}")
         for number in range(0, bins + 1, every)
     ]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", "tokens in a sample"))
