@@ -32,8 +32,8 @@ def attach(world: World) -> Any:
 
     Raises UserError when it is not installed, or is another series than the one whose inside is known here.
     """
-    # Read when deepspeed.zero.Init and the engine are made, and for nothing but the device's index. There is no
-    # argument for it: the engine compares `args.local_rank` with this very variable.
+    # Read when deepspeed.zero.Init and the engine are made, and in ZeRO-3's first step, for nothing but the device's
+    # index. There is no argument for it: the engine compares `args.local_rank` with this very variable.
     os.environ["LOCAL_RANK"] = world.device.partition(":")[2] or str(world.local_rank)
     deepspeed = _imported()
     _choose_accelerator(world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 
 import pytest
@@ -109,7 +110,8 @@ def test_a_stream_that_fails_leaves_nothing(tmp_path):
         ("gs://bucket/key", "ftlaunch[gcs]"),
     ],
 )
-def test_errors_name_the_place_and_the_remedy(url, words):
+def test_errors_name_the_place_and_the_remedy(url, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
     with pytest.raises(UserError, match=words.replace("[", r"\[")) as caught:
         storage.read_bytes(url)
     assert url in str(caught.value)
