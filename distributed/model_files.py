@@ -20,7 +20,7 @@ from .checkpoint.commit import COMMITS, latest
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)$")
 """Configuration, tokenizer and template files: everything beside the weights that belongs to a model."""
 
-NOT_COPIED = re.compile(r".*(\.index\.json|^MANIFEST\.json|^adapter_config\.json|trainer_state\.json)$")
+NOT_COPIED = re.compile(r".*(\.index\.json|^MANIFEST\.json|^EXPORT\.json|^adapter_config\.json|trainer_state\.json)$")
 """Small files that describe one folder's own weights, and so are not handed on to a new checkpoint."""
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")

@@ -20,6 +20,7 @@ OPTIONS_WITH_VALUES = frozenset(
         "--seed",
         "--report",
         "--to",
+        "--dtype",
     }
 )
 """Options whose next word is their value, over all verbs: a verb may come after them."""

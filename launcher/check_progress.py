@@ -1,7 +1,9 @@
-"""How far a check is, on standard error, once it takes longer than a moment."""
+"""How far something is that counts rows or bytes, on standard error, once it takes longer than a moment."""
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -18,21 +20,28 @@ LINE_EVERY_S = 30.0
 
 class Progress:
     """`update` as often as wanted: it is drawn now and then. On a terminal one line is drawn over and wiped in the end;
-    elsewhere a line is written from time to time. `clock` is injected, in seconds."""
+    elsewhere a line is written from time to time. `clock` is injected, in seconds; `amount` says what is counted."""
 
-    def __init__(self, out: TextIO, *, drawn_over: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self._out, self._drawn_over, self._clock = out, drawn_over, clock
+    def __init__(
+        self,
+        out: TextIO,
+        *,
+        drawn_over: bool,
+        clock: Callable[[], float] = time.monotonic,
+        amount: Callable[[int], str] = lambda rows: f"{units.count(rows)} rows",
+    ) -> None:
+        self._out, self._drawn_over, self._clock, self._amount = out, drawn_over, clock, amount
         self._began = clock()
         self._next = self._began + PATIENCE_S
         self._width = 0
 
-    def update(self, what: str, rows: int, share: float) -> None:
-        """`share` of the whole check that is done, 0 to 1."""
+    def update(self, what: str, number: int, share: float) -> None:
+        """`number` of rows or bytes so far, `share` of the whole that is done, 0 to 1."""
         now = self._clock()
         if now < self._next:
             return
         self._next = now + (REDRAW_S if self._drawn_over else LINE_EVERY_S)
-        self._write(progress_text(what, rows, share, now - self._began))
+        self._write(progress_text(what, self._amount(number), share, now - self._began))
 
     def done(self) -> None:
         """Wipe the line."""
@@ -49,7 +58,27 @@ class Progress:
         self._out.flush()
 
 
-def progress_text(what: str, rows: int, share: float, elapsed_s: float) -> str:
+def progress_text(what: str, amount: str, share: float, elapsed_s: float) -> str:
     """`tickets: 12.0k rows, 34%, about 2 min 10 s left`; no guess before a hundredth is done."""
     left = f", about {units.duration(elapsed_s * (1 - share) / share)} left" if share >= 0.01 else ""
-    return f"{what}: {units.count(rows)} rows, {share:.0%}{left}"
+    return f"{what}: {amount}, {share:.0%}{left}"
+
+
+class Counted:
+    """Bytes of one long reading or writing, told to a progress. `advance` may be called from several threads."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self._progress, self._what, self._total = progress, what, max(1, total)
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def advance(self, number: int) -> None:
+        """So many more are done."""
+        with self._lock:
+            self._done += number
+            self._progress.update(self._what, self._done, min(1.0, self._done / self._total))
+
+
+def byte_progress() -> Progress:
+    """On this process's standard error."""
+    return Progress(sys.stderr, drawn_over=sys.stderr.isatty(), amount=units.size)

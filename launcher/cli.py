@@ -269,6 +269,53 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
 
 
 @app.command
+def verify(run: str, /, *, no_logits: bool = False) -> int:
+    """Read every byte of a checkpoint again, and compare its logits with those that transformers gives.
+
+    Parameters
+    ----------
+    run
+        A run (all its checkpoints), RUN@best, RUN@latest, RUN@STEP, or a checkpoint's folder or URL.
+    no_logits
+        Do not open the model: for one that does not fit into this machine's memory.
+    """
+    from .verify import verify as verify_checkpoints
+
+    return verify_checkpoints(run, logits=not no_logits)
+
+
+@app.command
+def export(
+    checkpoint: str,
+    /,
+    *,
+    to: str,
+    merge_adapter: bool = False,
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a checkpoint as a plain model folder with a card, in little memory, to a folder or a URL.
+
+    Parameters
+    ----------
+    checkpoint
+        RUN, RUN@best, RUN@latest, RUN@STEP, or a checkpoint's folder or URL.
+    to
+        An empty or new folder or URL. The same export, broken off earlier, goes on.
+    merge_adapter
+        Merge the adapter into its base: a whole model.
+    dtype
+        Of the weights; by default as they are stored.
+    overwrite
+        Replace an earlier export that lies there (and nothing else).
+    """
+    from .export import Wanted
+    from .export import export as export_checkpoint
+
+    return export_checkpoint(checkpoint, to, Wanted(merge_adapter, dtype, overwrite))
+
+
+@app.command
 def status(run: str, /) -> int:
     """Show how far a run is.
 
@@ -282,7 +329,19 @@ def status(run: str, /) -> int:
     return show_status(run)
 
 
-VERBS = ("plan", "check", "prepare", "quickstart", "recipes", "schema", "generate", "pull", "status")
+VERBS = (
+    "plan",
+    "check",
+    "prepare",
+    "quickstart",
+    "recipes",
+    "schema",
+    "generate",
+    "pull",
+    "verify",
+    "export",
+    "status",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,11 +11,14 @@ from .record import Line, Record, make_record, parse_lines
 from .report import render_report
 
 
-def read_record(run: RunDirectory) -> Record:
-    """Everything a run wrote down so far."""
+def read_record(run: RunDirectory, until_step: int | None = None) -> Record:
+    """Everything a run wrote down so far, or up to a step."""
     environment = run.path("environment.json")
     described: dict[str, Any] = json.loads(storage.read_bytes(environment)) if storage.exists(environment) else {}
-    return make_record(_lines(run.path("metrics.jsonl")), _lines(run.path("events.jsonl")), described)
+    metrics = _lines(run.path("metrics.jsonl"))
+    if until_step is not None:
+        metrics = [line for line in metrics if int(line.get("step", 0)) <= until_step]
+    return make_record(metrics, _lines(run.path("events.jsonl")), described)
 
 
 def _lines(url: str) -> list[Line]:

@@ -116,7 +116,7 @@ def read_checked(directory: str, path: str, spans: Sequence[Span], start: int, s
 def span_problems(directory: str, file: FileRecord, spans: tuple[Span, ...]) -> Iterator[str]:
     """Read `spans` of a file again and compare; neighbouring spans come in one ranged read each."""
     url = storage.join(directory, file.path)
-    for run in _neighbours(spans):
+    for run in neighbours(spans):
         start, stop = run[0].offset, run[-1].offset + run[-1].length
         data = memoryview(storage.read_range(url, start, stop))
         for span in run:
@@ -125,7 +125,8 @@ def span_problems(directory: str, file: FileRecord, spans: tuple[Span, ...]) -> 
                 yield f"{url}: bytes {span.offset} to {span.offset + span.length} are not what was written"
 
 
-def _neighbours(spans: tuple[Span, ...], limit_bytes: int = 16 * 2**20) -> Iterator[list[Span]]:
+def neighbours(spans: tuple[Span, ...], limit_bytes: int = 16 * 2**20) -> Iterator[list[Span]]:
+    """Runs of spans that follow each other, each read at once."""
     run: list[Span] = []
     for span in spans:
         if run and (

@@ -1,0 +1,107 @@
+"""Where an export goes: an empty place, or one where the same export was broken off, which is then gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..distributed import storage
+from ..distributed.checkpoint.layout import StoredFile
+from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Span, record_bytes
+from ..recipes.errors import UserError
+
+NOTE = "EXPORT.json"
+"""What makes a folder an export of ours; until there is a manifest it also says which files are done."""
+
+
+@dataclass
+class Target:
+    """A folder that is being written."""
+
+    url: str
+    identity: Mapping[str, Any]
+    planned: Sequence[str]
+    """Names of all files but the manifest and the note."""
+    records: dict[str, FileRecord] = field(default_factory=dict)
+    """Files that are there, whole."""
+
+    @classmethod
+    def begin(cls, url: str, identity: Mapping[str, Any], planned: Sequence[str], *, overwrite: bool) -> Target:
+        """Raises UserError for a place that holds anything but an export of ours that may be gone on with. Files that
+        are not ours are never deleted."""
+        storage.check_writable(url, setting="--to")
+        names = set(storage.list_names(url))
+        note = _read_note(url) if NOTE in names else None
+        finished = MANIFEST_NAME in names
+        target = cls(url, identity, planned)
+        if note is None and names:
+            listed = ", ".join(sorted(names)[:5])
+            raise UserError(f"--to {url}: something else is there already ({listed}); name a new or empty place")
+        if note is not None and not finished and note["identity"] == identity:
+            target.records = {name: _record(name, raw) for name, raw in note["files"].items()}
+        elif note is not None and not overwrite:
+            state = "a finished export" if finished else "another export that was broken off"
+            raise UserError(
+                f"--to {url}: {state} is there already; name another place, or write over it with --overwrite"
+            )
+        elif note is not None:
+            _clear(url, note["planned"])
+        target._clear_temporaries(names)
+        target._write_note()
+        return target
+
+    def has(self, file: StoredFile) -> bool:
+        """Whether an earlier, broken-off export wrote it."""
+        record = self.records.get(file.name)
+        if record is None or record.size != file.size:
+            return False
+        try:
+            return storage.info(storage.join(self.url, file.name)).size == file.size
+        except UserError:
+            return False
+
+    def add(self, record: FileRecord) -> None:
+        """A file is written: it has not to be again."""
+        self.records[record.path] = record
+        self._write_note()
+
+    def finish(self, manifest: Manifest) -> None:
+        """All is there; from now on it can be verified."""
+        note = storage.read_bytes(storage.join(self.url, NOTE))
+        files = sorted((*manifest.files, record_bytes(NOTE, note)), key=lambda file: file.path)
+        whole = Manifest(manifest.step, manifest.attempt, tuple(files))
+        storage.write_bytes(storage.join(self.url, MANIFEST_NAME), whole.to_bytes())
+
+    def _write_note(self) -> None:
+        files = {name: {"size": record.size, "spans": record.spans} for name, record in self.records.items()}
+        content = {"format": 1, "identity": dict(self.identity), "planned": list(self.planned), "files": files}
+        storage.write_bytes(storage.join(self.url, NOTE), json.dumps(content).encode() + b"\n")
+
+    def _clear_temporaries(self, names: set[str]) -> None:
+        """What a process that was killed was writing."""
+        for name in names:
+            if name.startswith(".") and name.endswith(".tmp"):
+                storage.delete_tree(storage.join(self.url, name))
+
+
+def _read_note(url: str) -> dict[str, Any]:
+    place = storage.join(url, NOTE)
+    try:
+        note: dict[str, Any] = json.loads(storage.read_bytes(place))
+        if note["format"] != 1:
+            raise ValueError(f"format {note['format']}")
+        return {"identity": note["identity"], "planned": list(note["planned"]), "files": dict(note["files"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--to {url}: {place} cannot be read ({error!r}); name another place") from error
+
+
+def _record(name: str, raw: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(name, raw["size"], tuple(Span(*span) for span in raw["spans"]))
+
+
+def _clear(url: str, names: Sequence[str]) -> None:
+    """The manifest first: from then on it is no finished export."""
+    for name in (MANIFEST_NAME, *names):
+        storage.delete_tree(storage.join(url, name))

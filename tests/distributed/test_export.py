@@ -1,0 +1,356 @@
+"""What `ftlaunch export` writes: plain folders that the libraries open, adapters merged as peft merges them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_distributed
+from logits import logits
+from peft import PeftModel
+from ruamel.yaml import YAML
+from safetensors.torch import load_file, save_file
+from tiny import make_model, recipe_for
+from training import Trained, train_all
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ftlaunch.distributed import merging, model_writer, storage
+from ftlaunch.launcher import cli, export
+
+LOGIT_TOLERANCE = 1e-5
+"""Absolute, of logits around 1, in fp32: one matrix product instead of three."""
+
+SECRET = "hunter2"
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"dropout": 0.1},
+    "rslora": {"use_rslora": True, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "dora": {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]},
+    "pissa": {"init": "pissa_niter_4", "target_modules": ["k_proj", "up_proj"]},
+    "embedded": {"target_modules": ["embed_tokens", "o_proj"]},
+}
+TIED = "embedded-tied"
+
+
+def settings(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    shared: dict[str, Any] = {
+        "name": name,
+        "checkpoint": {"every_steps": None},
+        "train": {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler": "constant"},
+    }
+    for section, values in changes.items():
+        shared[section] = {**shared.get(section, {}), **values}
+    return recipe_for(folder, **shared)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Trained]]:
+    """A full run in bfloat16, and one with each adapter."""
+    folder = tmp_path_factory.mktemp("export")
+    recipe_for(folder)
+    (folder / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A base\n")
+    GenerationConfig(do_sample=True, temperature=0.6).save_pretrained(folder / "model")
+    make_model(folder / "tied", tie_word_embeddings=True)
+    full = {"model": {"dtype": "bfloat16"}, "track": {"tensorboard": False}}
+    recipes = [settings(folder, "full", **full)]
+    recipes += [
+        settings(folder, name, adapter={"rank": 3, "alpha": 6, **adapter}) for name, adapter in ADAPTERS.items()
+    ]
+    recipes[-1]["data"]["train"][0]["path"] = f"file://{recipes[-1]['data']['train'][0]['path']}"
+    tied = {"rank": 2, **ADAPTERS["embedded"]}
+    recipes.append(settings(folder, TIED, adapter=tied, model={"path": str(folder / "tied")}))
+    runs = train_all(recipes)
+    return folder, dict(zip(["full", *ADAPTERS, TIED], runs, strict=True))
+
+
+def exported(run: Trained, to: Path, *options: str) -> Path:
+    assert cli.main(["export", str(run.directory), "--to", str(to), *options]) == 0
+    return to
+
+
+def opened(folder: Path, run: Trained, base: str = "model") -> Any:
+    """The adapter on its base, as anybody opens it."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / base), run.checkpoint)
+
+
+def test_a_full_checkpoint_is_a_plain_model(trained, tmp_path):
+    _, runs = trained
+    to = exported(runs["full"], tmp_path / "to")
+    ours, theirs = (load_file(place / "model.safetensors") for place in (to, runs["full"].checkpoint))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    model, report = AutoModelForCausalLM.from_pretrained(to, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(runs["full"].checkpoint)))
+    assert model.generation_config.temperature == 0.6
+    assert AutoTokenizer.from_pretrained(to).chat_template
+    assert not (to / "training").exists()
+    assert cli.main(["verify", str(to)]) == 0
+
+
+@pytest.mark.parametrize("variant", ADAPTERS)
+def test_an_adapter_is_merged_as_peft_merges_it(trained, tmp_path, variant, monkeypatch):
+    """In blocks of a few rows. The same products in fp32, which may be added up in another order for other numbers of
+    rows: a few units in the last place of the largest term."""
+    monkeypatch.setattr(merging, "row_ranges", few_rows)
+    folder, runs = trained
+    to = exported(runs[variant], tmp_path / "to", "--merge-adapter")
+    model = opened(folder, runs[variant])
+    answer = logits(model)
+    merged = model.merge_and_unload()
+    theirs = merged.state_dict()
+    ours = load_file(to / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    base = load_file(folder / "model" / "model.safetensors")
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-6, atol=1e-6 * float(theirs[name].abs().max()))
+    changed = {name for name in ours if not torch.equal(ours[name], base[name])}
+    assert changed == {name for name in ours if not torch.equal(theirs[name], base[name])} != set()
+    plain, report = AutoModelForCausalLM.from_pretrained(to, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(plain), answer, rtol=0, atol=LOGIT_TOLERANCE)
+    assert not (to / "adapter_config.json").exists()
+    assert cli.main(["verify", str(to)]) == 0
+
+
+def few_rows(spec: Any) -> Any:
+    rows = spec.shape[0]
+    return ((start, min(start + 7, rows)) for start in range(0, rows, 7))
+
+
+def test_embeddings_that_were_tied_to_the_head(trained, tmp_path):
+    """The adapter changes the embeddings alone, as peft runs it: the merged model has a head of its own."""
+    folder, runs = trained
+    answer = logits(opened(folder, runs[TIED], "tied"))
+    to = exported(runs[TIED], tmp_path / "to", "--merge-adapter")
+    model = AutoModelForCausalLM.from_pretrained(to)
+    torch.testing.assert_close(logits(model), answer, rtol=0, atol=LOGIT_TOLERANCE)
+    assert cli.main(["verify", str(to)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_merged_in_fp32_and_rounded_once(trained, tmp_path, dtype, bits):
+    folder, runs = trained
+    to = exported(runs["dora"], tmp_path / "to", "--merge-adapter", "--dtype", dtype)
+    theirs = opened(folder, runs["dora"]).merge_and_unload().state_dict()
+    for name, weight in load_file(to / "model.safetensors").items():
+        assert weight.dtype == getattr(torch, dtype)
+        # Half a unit in the last place, or the smallest step near zero.
+        torch.testing.assert_close(weight.float(), theirs[name], rtol=2.0**-bits, atol=2.0**-24)
+    assert json.loads((to / "config.json").read_text())["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(to, dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_an_adapter_stays_one_without_merging(trained, tmp_path):
+    folder, runs = trained
+    to = exported(runs["rslora"], tmp_path / "to")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, to)), logits(opened(folder, runs["rslora"])))
+    assert cli.main(["verify", str(to)]) == 0
+
+
+def test_several_shards_and_a_url(trained, tmp_path, monkeypatch):
+    _, runs = trained
+    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
+    assert cli.main(["export", str(runs["full"].directory), "--to", "memory://shards/model"]) == 0
+    for name in storage.list_names("memory://shards/model"):
+        (tmp_path / name).write_bytes(storage.read_bytes(f"memory://shards/model/{name}"))
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    theirs = AutoModelForCausalLM.from_pretrained(runs["full"].checkpoint)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(theirs))
+    assert cli.main(["verify", "memory://shards/model"]) == 0
+    assert cli.main(["verify", str(tmp_path), "--no-logits"]) == 0
+
+
+def test_the_card(trained, tmp_path):
+    folder, runs = trained
+    text = (exported(runs["embedded"], tmp_path / "to", "--merge-adapter") / "README.md").read_text()
+    front = YAML(typ="safe").load(text.split("---\n")[1])
+    assert front["base_model"] == str(folder / "model")
+    assert front["license"] == "apache-2.0"
+    assert front["tags"] == ["ftlaunch", "sft", "lora"]
+    lines = {
+        line["step"]: line["losses"]["chats/loss"] for line in runs["embedded"].lines if line["kind"] == "evaluation"
+    }
+    assert f"| chats/loss | {lines[0]:.4f} | {lines[3]:.4f} |" in text
+    sources = next(line["sources"] for line in reversed(runs["embedded"].lines) if line["kind"] == "data")
+    for name, counts in sources.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {counts['rows']:,} | {counts['tokens']:,} |" in row
+    assert "after 3 optimizer steps" in text
+    assert "learning_rate: 0.01" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+
+
+def test_a_card_of_an_unknown_licence_says_so(trained, tmp_path):
+    _, runs = trained
+    text = (exported(runs[TIED], tmp_path / "to") / "README.md").read_text()
+    assert "license" not in YAML(typ="safe").load(text.split("---\n")[1])
+    assert "licence of the base model was not found" in text
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_in_use_is_refused(trained, tmp_path, capsys):
+    _, runs = trained
+    (tmp_path / "notes.txt").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        assert cli.main(["export", str(runs["full"].directory), "--to", str(tmp_path), *options]) == 1
+        assert "something else is there already (notes.txt)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    checkpoint = runs["full"].checkpoint
+    before = sorted(path.name for path in checkpoint.iterdir())
+    assert cli.main(["export", str(runs["full"].directory), "--to", str(checkpoint), "--overwrite"]) == 1
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_a_finished_export_is_replaced_only_when_told(trained, tmp_path, capsys):
+    _, runs = trained
+    to = exported(runs["lora"], tmp_path / "to")
+    (to / "notes.txt").write_text("mine")
+    assert cli.main(["export", str(runs["lora"].directory), "--to", str(to), "--merge-adapter"]) == 1
+    assert "a finished export is there already" in capsys.readouterr().err
+    exported(runs["lora"], to, "--merge-adapter", "--overwrite")
+    assert not (to / "adapter_config.json").exists() and not (to / "adapter_model.safetensors").exists()
+    assert (to / "notes.txt").read_text() == "mine"
+    AutoModelForCausalLM.from_pretrained(to)
+
+
+def test_a_broken_off_export_goes_on(trained, tmp_path, monkeypatch, capsys):
+    """What was written whole is not written again; another export is not mixed into it."""
+    _, runs = trained
+    to = tmp_path / "to"
+    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
+    write, written = model_writer.write_weights, []
+
+    def failing(folder, file, *rest):
+        if len(written) == 2:
+            raise export.InfrastructureError("the network is gone")
+        written.append(file.name)
+        return write(folder, file, *rest)
+
+    monkeypatch.setattr(export, "write_weights", failing)
+    words = ["export", str(runs["full"].directory), "--to", str(to)]
+    assert cli.main(words) == 2
+    assert not (to / "MANIFEST.json").exists() and not (to / "config.json").exists()
+    assert cli.main([*words, "--dtype", "float32"]) == 1
+    assert "another export that was broken off" in capsys.readouterr().err
+    monkeypatch.setattr(
+        export, "write_weights", lambda folder, file, *rest: written.append(file.name) or write(folder, file, *rest)
+    )
+    assert cli.main(words) == 0
+    assert len(written) == len(set(written)) == len(list(to.glob("model-*.safetensors")))
+    assert cli.main(["verify", str(to)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["full", "--merge-adapter"], "holds a whole model, no adapter"),
+        (["full@77"], "Committed steps: 3"),
+        (["nothing"], "there is no run"),
+        (["full", "--dtype", "int8"], "int8"),
+    ],
+)
+def test_what_cannot_be_exported_is_exit_1(trained, tmp_path, monkeypatch, capsys, words, said):
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    assert cli.main(["export", *words, "--to", str(tmp_path / "to")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
+    _, runs = trained
+    make_model(tmp_path / "other", hidden_size=48)
+    copy_with(runs["lora"].checkpoint, tmp_path / "copy", base=tmp_path / "other")
+    words = ["export", str(tmp_path / "copy"), "--merge-adapter", "--to", str(tmp_path / "to")]
+    assert cli.main(words) == 1
+    assert "adapter of another model" in capsys.readouterr().err
+
+
+def copy_with(checkpoint: Path, to: Path, base: Path) -> None:
+    """A checkpoint whose adapter names another base, with a manifest that fits."""
+    from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, Manifest, record_bytes
+
+    to.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name != MANIFEST_NAME:
+            (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    records = tuple(record_bytes(path.name, path.read_bytes()) for path in sorted(to.iterdir()))
+    (to / MANIFEST_NAME).write_bytes(Manifest(3, 1, records).to_bytes())
+
+
+def test_damaged_weights_are_not_exported(trained, tmp_path, capsys):
+    _, runs = trained
+    copy_with(runs["lora"].checkpoint, tmp_path / "copy", base=trained[0] / "model")
+    weights = tmp_path / "copy" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert cli.main(["export", str(tmp_path / "copy"), "--merge-adapter", "--to", str(tmp_path / "to")]) == 1
+    assert "are not what was written" in capsys.readouterr().err
+    assert not (tmp_path / "to" / "model.safetensors").exists()
+
+
+def test_numbers_that_float16_does_not_hold_are_refused(trained, tmp_path, capsys):
+    _, runs = trained
+    base = make_model(tmp_path / "large")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    copy_with(runs["lora"].checkpoint, tmp_path / "copy", base=base)
+    words = ["export", str(tmp_path / "copy"), "--merge-adapter", "--dtype", "float16", "--to", str(tmp_path / "to")]
+    assert cli.main(words) == 1
+    assert "model.norm.weight has values up to 1e+06, more than float16 holds" in capsys.readouterr().err
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(key: str) -> int:
+    """A line of proc(5)'s status file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def growth_of_an_export(rank: int, size: int, small: list[str], large: list[str]) -> int:
+    """Peak of resident memory above what it was before, in a process that has done the same with a small model."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**20)  # glibc's M_MMAP_THRESHOLD: freed blocks go back to the system
+    assert cli.main(small) == 0
+    libc.malloc_trim(0)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to now (proc(5))
+    assert cli.main(large) == 0
+    return resident_bytes("VmHWM") - before
+
+
+def test_a_merge_holds_some_blocks_and_never_the_model(trained, tmp_path, monkeypatch):
+    """A base of 160 MB in fp32, one tensor of which has 80 MB, in blocks of 4 MB. Reads take 16 MB at once, and their
+    parts are held beside the result: 64 MB is what all of that comes to at most, less than a tensor."""
+    monkeypatch.setattr(merging.row_ranges, "__defaults__", (4 * 2**20,))
+    folder, runs = trained
+    base = make_model(tmp_path / "base", vocab_size=40_000, hidden_size=512, intermediate_size=512, num_hidden_layers=1)
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()
+    copy_with(tmp_path / "adapter", tmp_path / "large", base=base)
+    copy_with(runs["lora"].checkpoint, tmp_path / "small", base=folder / "model")
+    words = [
+        ["export", str(tmp_path / name), "--merge-adapter", "--to", str(tmp_path / f"{name}-to")]
+        for name in ("small", "large")
+    ]
+    [growth] = run_distributed(growth_of_an_export, 1, *words)
+    assert (tmp_path / "large-to" / "model.safetensors").stat().st_size > 160e6
+    assert growth < 64 * 2**20
