@@ -9,6 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from ..distributed.model_files import is_hub_id
 from ..recipes.naming import source_names
 from ..recipes.redact import hide_credentials
 from ..recipes.schema import Recipe, Source
@@ -70,7 +71,8 @@ def _front(facts: CardFacts) -> str:
     method = [] if facts.recipe is None else [facts.recipe.method.type]
     adapter = [] if facts.recipe is None or facts.recipe.adapter is None else [facts.recipe.adapter.type]
     entries = {
-        "base_model": facts.base,
+        # A hub refuses a card that names as base what is no model of its own.
+        "base_model": facts.base if facts.base and is_hub_id(facts.base) else None,
         "license": facts.license,
         "library_name": "peft" if facts.kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -114,11 +116,12 @@ def _what_it_is(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    library, opener = ("peft", "AutoPeftModelForCausalLM") if facts.kind == "adapter" else ("transformers", OPENER)
+    imports, opener = WHOLE_IMPORTS, "AutoModelForCausalLM"
+    if facts.kind == "adapter":
+        imports, opener = ADAPTER_IMPORTS, "AutoPeftModelForCausalLM"
     lines = [
         "```python",
-        f"from {library} import {opener}",
-        "from transformers import AutoTokenizer",
+        *imports,
         "",
         f'model = {opener}.from_pretrained(FOLDER, dtype="auto")',
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
@@ -127,15 +130,19 @@ def _use(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-OPENER = "AutoModelForCausalLM"
+WHOLE_IMPORTS = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
+ADAPTER_IMPORTS = ("from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer")
 
 
 def _losses(record: Record) -> str:
     losses = before_and_after(record)
     if not losses:
         return ""
-    rows = [f"| {_cell(name)} | {before:.4f} | {after:.4f} |" for name, (before, after) in losses.items()]
     first, last = record.evaluations[0].step, record.evaluations[-1].step
+    if first == last:
+        rows = [f"| {_cell(name)} | {after:.4f} |" for name, (_, after) in losses.items()]
+        return "\n".join(["## Evaluation", "", f"| held-out loss | at step {last} |", "|---|---|", *rows])
+    rows = [f"| {_cell(name)} | {before:.4f} | {after:.4f} |" for name, (before, after) in losses.items()]
     head = f"| held-out loss | at step {first} | at step {last} |"
     return "\n".join(["## Evaluation", "", head, "|---|---|---|", *rows])
 

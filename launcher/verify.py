@@ -26,19 +26,28 @@ order by another kernel (fp32 has 6e-8, over some hundred layers)."""
 
 SHOWN = 8
 
+DAMAGED = (
+    "if it is a copy, pull or copy it again: the original may be whole",
+    "running the recipe again goes on from the newest checkpoint that is whole and has its training state",
+)
+NOT_FINITE = "NaN or infinite values: take an earlier checkpoint, and lower train.learning_rate before training on"
+OTHERWISE = "what is said above has to be mended; ftlaunch verify --no-logits leaves the model closed"
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said about one checkpoint: lines, and what is wrong with it."""
+    """What is said about one checkpoint: lines, what is wrong with it, and what to do then."""
 
     lines: list[str]
     problems: list[str]
+    advice: tuple[str, ...] = ()
 
 
 def verify(reference: str, *, logits: bool) -> int:
     """Say for each checkpoint what holds and what does not; 0 when all are whole. Raises UserError where there is
     none."""
     unreadable: list[str] = []
+    advice: list[str] = []
     located = locate_all(reference, unreadable.append)
     whole: list[str] = []
     for problem in unreadable:
@@ -49,10 +58,11 @@ def verify(reference: str, *, logits: bool) -> int:
         print("\n".join(f"  {line}" for line in verdict.lines))
         print("  whole" if not verdict.problems else "\n".join(f"  PROBLEM   {text}" for text in verdict.problems))
         whole += [] if verdict.problems else [one.directory]
+        advice += verdict.advice
     damaged = [one for one in located if one.directory not in whole]
     if not damaged and not unreadable:
         return 0
-    print(_what_to_do(damaged, whole))
+    print(_what_to_do(damaged, whole, advice))
     return 1
 
 
@@ -61,7 +71,7 @@ def verify_one(one: Located, *, logits: bool) -> Verdict:
     try:
         manifest = read_manifest(one.directory)
     except UserError as error:
-        return Verdict([], [str(error)])
+        return Verdict([], [str(error)], DAMAGED)
     progress = byte_progress()
     counted = Counted(progress, "reading", sum(file.size for file in manifest.files))
     try:
@@ -75,7 +85,8 @@ def verify_one(one: Located, *, logits: bool) -> Verdict:
         said, wrong = _compare(one.directory)
         lines.append(f"logits    {said}")
         problems += wrong
-    return Verdict(lines, problems)
+    advice = (*(() if findings.is_whole else DAMAGED), *((NOT_FINITE,) if findings.not_finite else ()))
+    return Verdict(lines, problems, advice)
 
 
 def _said(found: Findings, *, resumable: bool) -> tuple[list[str], list[str]]:
@@ -124,8 +135,10 @@ def _compare(directory: str) -> tuple[str, list[str]]:
     if not difference <= LOGIT_TOLERANCE * largest:  # NaN too
         wrong = f"logits of {library} and ours differ by {difference:.3g}, of values up to {largest:.3g}"
         return "differ", [wrong]
-    exact = "the very same as" if difference == 0 else f"within {difference:.1g} (of values up to {largest:.2g}) of"
-    return f"{library}'s from_pretrained gives {exact} what the engine gives, in float32", []
+    near = (
+        "the very same" if difference == 0 else f"within {difference:.1g} of each other, of values up to {largest:.2g}"
+    )
+    return f"{near} by from_pretrained ({library}) and by the engine, in float32", []
 
 
 def _here(url: str, stack: ExitStack) -> Path:
@@ -137,14 +150,8 @@ def _here(url: str, stack: ExitStack) -> Path:
     return folder
 
 
-def _what_to_do(damaged: list[Located], whole: list[str]) -> str:
+def _what_to_do(damaged: list[Located], whole: list[str], advice: list[str]) -> str:
     names = ", ".join(one.directory.rpartition("/")[2] for one in damaged) or "a commit record"
-    lines = [f"{names}: not whole. What to do:"]
-    if whole:
-        lines.append(f"  take another checkpoint, {whole[0]}")
-    lines += [
-        "  if it is a copy, pull or copy it again: the original may be whole",
-        "  running the recipe again goes on from the newest checkpoint that is whole and has its training state",
-        "  NaN or infinite values: an earlier checkpoint may be sound; lower train.learning_rate",
-    ]
-    return "\n".join(lines)
+    lines = [f"take another checkpoint that is whole: {whole[0]}"] if whole else []
+    lines += dict.fromkeys(advice)
+    return f"not whole: {names}. What to do:\n" + "\n".join(f"  {line}" for line in lines or [OTHERWISE])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,6 @@ from ftlaunch.launcher import cli, export
 
 LOGIT_TOLERANCE = 1e-5
 """Absolute, of logits around 1, in fp32: one matrix product instead of three."""
-
-SECRET = "hunter2"
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.1},
@@ -171,7 +170,8 @@ def test_the_card(trained, tmp_path):
     folder, runs = trained
     text = (exported(runs["embedded"], tmp_path / "to", "--merge-adapter") / "README.md").read_text()
     front = YAML(typ="safe").load(text.split("---\n")[1])
-    assert front["base_model"] == str(folder / "model")
+    assert "base_model" not in front, "a folder is no name that a hub knows"
+    assert f"from `{folder / 'model'}`" in text
     assert front["license"] == "apache-2.0"
     assert front["tags"] == ["ftlaunch", "sft", "lora"]
     lines = {
@@ -185,6 +185,24 @@ def test_the_card(trained, tmp_path):
     assert "after 3 optimizer steps" in text
     assert "learning_rate: 0.01" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
+
+
+def test_a_card_of_what_came_from_hubs_and_behind_passwords(trained, tmp_path):
+    """The run's recipe says so; a password in a URL is not handed on."""
+    _, runs = trained
+    run = tmp_path / "run"
+    shutil.copytree(runs["full"].directory, run)
+    recipe = YAML(typ="safe").load(run / "recipe.yaml")
+    recipe["model"]["path"] = "acme/base-7b"
+    recipe["data"]["train"][0]["path"] = "hub:acme/chats@v2"
+    recipe["data"]["eval"][0]["path"] = "https://ann:hunter2@example.com/held|out.jsonl"
+    YAML(typ="safe").dump(recipe, run / "recipe.yaml")
+    assert cli.main(["export", str(run), "--to", str(tmp_path / "to")]) == 0
+    text = (tmp_path / "to" / "README.md").read_text()
+    front = YAML(typ="safe").load(text.split("---\n")[1])
+    assert front["base_model"] == "acme/base-7b"
+    assert front["datasets"] == ["acme/chats"]
+    assert "hunter2" not in text and "REDACTED@example.com" in text
 
 
 def test_a_card_of_an_unknown_licence_says_so(trained, tmp_path):
@@ -256,12 +274,14 @@ def test_a_broken_off_export_goes_on(trained, tmp_path, monkeypatch, capsys):
         (["full@77"], "Committed steps: 3"),
         (["nothing"], "there is no run"),
         (["full", "--dtype", "int8"], "int8"),
+        (["full", "--to", "model/config.json"], "model/config.json"),
     ],
 )
 def test_what_cannot_be_exported_is_exit_1(trained, tmp_path, monkeypatch, capsys, words, said):
     folder, _ = trained
     monkeypatch.chdir(folder)
-    assert cli.main(["export", *words, "--to", str(tmp_path / "to")]) == 1
+    to = [] if "--to" in words else ["--to", str(tmp_path / "to")]
+    assert cli.main(["export", *words, *to]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
 
