@@ -31,6 +31,8 @@ class Target:
     def begin(cls, url: str, identity: Mapping[str, Any], planned: Sequence[str], *, overwrite: bool) -> Target:
         """Raises UserError for a place that holds anything but an export of ours that may be gone on with. Files that
         are not ours are never deleted."""
+        if storage.exists(url) and not storage.is_folder(url):
+            raise UserError(f"--to {url} is a file; name a new or empty folder")
         storage.check_writable(url, setting="--to")
         names = set(storage.list_names(url))
         note = _read_note(url) if NOTE in names else None

@@ -68,6 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
         settings(folder, name, adapter={"rank": 3, "alpha": 6, **adapter}) for name, adapter in ADAPTERS.items()
     ]
     recipes[-1]["data"]["train"][0]["path"] = f"file://{recipes[-1]['data']['train'][0]['path']}"
+    recipes[1]["checkpoint"] |= {"every_steps": 2, "keep_last": 2}
     tied = {"rank": 2, **ADAPTERS["embedded"]}
     recipes.append(settings(folder, TIED, adapter=tied, model={"path": str(folder / "tied")}))
     runs = train_all(recipes)
@@ -249,6 +250,15 @@ def test_the_card(trained, tmp_path):
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
+def test_the_card_of_an_earlier_step_says_what_was_then(trained, tmp_path):
+    _, runs = trained
+    assert cli.main(["export", f"{runs['lora'].directory}@2", "--to", str(tmp_path / "to")]) == 0
+    text = (tmp_path / "to" / "README.md").read_text()
+    assert f"after 2 optimizer steps on {runs['lora'].steps[1]['tokens']:,} tokens" in text
+    first = next(line["losses"]["chats/loss"] for line in runs["lora"].lines if line["kind"] == "evaluation")
+    assert "| held-out loss | at step 0 |\n" in text and f"| chats/loss | {first:.4f} |\n" in text
+
+
 def test_a_card_of_what_came_from_hubs_and_behind_passwords(trained, tmp_path):
     """The run's recipe says so; a password in a URL is not handed on."""
     _, runs = trained
@@ -336,7 +346,7 @@ def test_a_broken_off_export_goes_on(trained, tmp_path, monkeypatch, capsys):
         (["full@77"], "Committed steps: 3"),
         (["nothing"], "there is no run"),
         (["full", "--dtype", "int8"], "int8"),
-        (["full", "--to", "model/config.json"], "model/config.json"),
+        (["full", "--to", "model/config.json"], "model/config.json is a file"),
     ],
 )
 def test_what_cannot_be_exported_is_exit_1(trained, tmp_path, monkeypatch, capsys, words, said):
