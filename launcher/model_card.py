@@ -130,8 +130,11 @@ def _use(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-WHOLE_IMPORTS = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
-ADAPTER_IMPORTS = ("from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer")
+WHOLE_IMPORTS: tuple[str, ...] = ("from transformers import AutoModelForCausalLM, AutoTokenizer",)
+ADAPTER_IMPORTS: tuple[str, ...] = (
+    "from peft import AutoPeftModelForCausalLM",
+    "from transformers import AutoTokenizer",
+)
 
 
 def _losses(record: Record) -> str:

@@ -12,13 +12,14 @@ import psutil
 
 from ..distributed import storage
 from ..distributed.checkpoint.examine import Findings, examine
-from ..distributed.checkpoint.manifest import read_manifest
+from ..distributed.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from ..distributed.model_files import SMALL_FILES, ModelFolder
 from ..distributed.reopen import adapter_config, base_folder, needed_bytes, own_logits, plain_logits
 from ..recipes.errors import UserError
 from . import units
 from .check_progress import Counted, byte_progress
 from .locate import Located, locate_all
-from .pull import copy_checkpoint
+from .pull import COPY_BYTES, copy_checkpoint
 
 LOGIT_TOLERANCE = 1e-5
 """Largest difference, in units of the largest logit: the same weights in fp32, whose sums may be added up in another
@@ -146,8 +147,23 @@ def _here(url: str, stack: ExitStack) -> Path:
     if storage.is_local(url):
         return storage.local_path(url)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ftlaunch-"))) / "model"
-    copy_checkpoint(url, folder, training=False, say=lambda _line: None)
+    if storage.exists(storage.join(url, MANIFEST_NAME)):
+        copy_checkpoint(url, folder, training=False, say=lambda _line: None)
+    else:
+        _copy_base(ModelFolder(url), folder)
     return folder
+
+
+def _copy_base(base: ModelFolder, folder: Path) -> None:
+    """A base that no manifest describes: the files that transformers may open."""
+    folder.mkdir()
+    for name in base.names:
+        if name.endswith(".safetensors") or SMALL_FILES.match(name):
+            url = storage.join(base.url, name)
+            size = storage.info(url).size
+            with (folder / name).open("wb") as out:
+                for start in range(0, size, COPY_BYTES):
+                    out.write(storage.read_range(url, start, min(start + COPY_BYTES, size)))
 
 
 def _what_to_do(damaged: list[Located], whole: list[str], advice: list[str]) -> str:

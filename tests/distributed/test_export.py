@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from logits import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
+from servers import moto_process
 from tiny import make_model, make_tokenizer, recipe_for
 from training import Trained, train_all
 from transformers import (
@@ -229,6 +231,38 @@ def test_several_shards_and_a_url(trained, tmp_path, monkeypatch):
     assert cli.main(["verify", str(tmp_path), "--no-logits"]) == 0
 
 
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server of its own."""
+    with moto_process(tmp_path) as port:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        storage.filesystem("s3://models/x")[0].mkdir("models")
+        yield "s3://models"
+
+
+def test_everything_in_a_bucket(trained, tmp_path, bucket):
+    """Checkpoint, base and result; merged from there and to there, and verified there."""
+    folder, runs = trained
+    local = exported(runs["dora"], tmp_path / "local", "--merge-adapter")
+    copy_with(runs["dora"].checkpoint, tmp_path / "copy", base=f"{bucket}/base")
+    for source, name in ((folder / "model", "base"), (tmp_path / "copy", "run")):
+        for path in source.iterdir():
+            storage.write_bytes(f"{bucket}/{name}/{path.name}", path.read_bytes())
+    assert cli.main(["verify", f"{bucket}/run"]) == 0
+    assert cli.main(["export", f"{bucket}/run", "--merge-adapter", "--to", f"{bucket}/to"]) == 0
+    weights = storage.read_bytes(f"{bucket}/to/model.safetensors")
+    assert weights == (local / "model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer.json", "README.md"} <= set(storage.list_names(f"{bucket}/to"))
+    assert cli.main(["verify", f"{bucket}/to"]) == 0
+    assert cli.main(["export", f"{bucket}/run", "--to", f"{bucket}/to"]) == 1
+
+
 def test_the_card(trained, tmp_path):
     folder, runs = trained
     text = (exported(runs["embedded"], tmp_path / "to", "--merge-adapter") / "README.md").read_text()
@@ -367,7 +401,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tmp_path, capsys):
     assert "adapter of another model" in capsys.readouterr().err
 
 
-def copy_with(checkpoint: Path, to: Path, base: Path) -> None:
+def copy_with(checkpoint: Path, to: Path, base: Path | str) -> None:
     """A checkpoint whose adapter names another base, with a manifest that fits."""
     from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, Manifest, record_bytes
 

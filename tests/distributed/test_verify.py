@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import zlib
@@ -17,8 +18,9 @@ from training import Trained, train_all
 from ftlaunch.distributed import reopen, storage
 from ftlaunch.distributed.checkpoint import examine, manifest
 from ftlaunch.distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Span, record_bytes
-from ftlaunch.launcher import cli
+from ftlaunch.launcher import cli, units
 from ftlaunch.launcher import verify as verifying
+from ftlaunch.launcher.check_progress import Counted, Progress
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,18 @@ def test_which_checkpoints_are_meant(capsys, place, reference, steps):
     assert code == 0
     assert [int(line.split("step-")[1][:6]) for line in said.splitlines() if not line.startswith(" ")] == steps
     assert "logits" not in said
+
+
+def test_progress_counts_every_byte(capsys, place):
+    directory = str(place / "runs" / "lora" / "step-000004.a1")
+    read: list[int] = []
+    found = examine.examine(directory, manifest.read_manifest(directory), read.append)
+    assert sum(read) == found.num_bytes
+    out, now = io.StringIO(), [0.0]
+    counted = Counted(Progress(out, drawn_over=False, clock=lambda: now[0], amount=units.size), "reading", 4096)
+    now[0] = 10.0
+    counted.advance(1024)
+    assert out.getvalue() == "reading: 1 KiB, 25%, about 30 s left\n"
 
 
 def flip(path: Path, place: int) -> None:
