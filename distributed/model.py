@@ -185,4 +185,5 @@ def base_name(name: str) -> str:
 def adapter_name(name: str) -> str:
     """A parameter's name in peft's files: without our wrapper and without the adapter's own name."""
     name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    name = name.removesuffix(".default")  # of an embedding, whose matrices are parameters and no modules
     return name.removeprefix("model.").replace(".modules_to_save.default.", ".").replace(".default.", ".")

@@ -59,6 +59,7 @@ def run(opener: Callable[[Job, Any], Opened]) -> None:
         if job.stop_after is not None and rows >= job.stop_after:
             break
     seconds = time.perf_counter() - start
+    first = first or seconds  # nothing was left: the end of the data came instead of a batch
     if job.save:
         Path(job.save).write_text(json.dumps(opened.state()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -98,6 +98,7 @@ def test_chosen_modules(tmp_path, target_modules):
     torch.testing.assert_close(logits(model), engine_logits(settings, run), rtol=0, atol=LOGIT_TOLERANCE)
     stored = load_file(run.checkpoint / "adapter_model.safetensors")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in stored} == set(target_modules)
+    assert stored.keys() == set(saved_names(model)), "other readers look for peft's names"
 
 
 def test_tensorboard_shows_a_run_that_asks_for_nothing(tmp_path):
