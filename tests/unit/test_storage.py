@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from fsspec.registry import _registry
 
 from ftlaunch.distributed import storage, storage_read, storage_retry, storage_throttle
 from ftlaunch.distributed.storage import LineLog, RetryPolicy
@@ -111,7 +112,8 @@ def test_a_stream_that_fails_leaves_nothing(tmp_path):
     ],
 )
 def test_errors_name_the_place_and_the_remedy(url, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed, nor used before
+    monkeypatch.delitem(_registry, "gs", raising=False)
     with pytest.raises(UserError, match=words.replace("[", r"\[")) as caught:
         storage.read_bytes(url)
     assert url in str(caught.value)
