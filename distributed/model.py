@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .model_files import ModelFolder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class BuiltModel:
         """The layers that are compiled, sharded and recomputed each as one."""
         names = self.loss_model.causal_lm._no_split_modules or ()
         return [module for module in self.loss_model.modules() if type(module).__name__ in names]
+
+    def starts(self) -> Iterator[tuple[str, str]]:
+        """What the model's own folder fills: name in `loss_model`, stored name. Copies that are trained whole beside an
+        adapter start from it too."""
+        yield from self.base.items()
+        for name in self.new_tensors():
+            if (source := self.copied_from(name)) is not None:
+                yield name, source
 
     def copied_from(self, name: str) -> str | None:
         """For a copy that is trained whole beside an adapter: the stored name of what it starts as."""

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from ..recipes.errors import UserError
 from .checkpoint.peers import Peers
-from .data.memory import free_bytes
+from .data.memory import free_bytes, size_text
 
 Mode = Literal["async", "sync"]
 
@@ -16,43 +16,35 @@ ROOM = 0.5
 """Share of a host's free memory that copies may take by themselves: reading ahead and page caches want some too."""
 
 
-class RankRoom(NamedTuple):
-    """What the copy of one rank takes, and what its host has free."""
-
-    host: str
-    copy_bytes: int
-    free_bytes: int
-
-
-class HostRoom(NamedTuple):
-    """The same for all ranks of a host."""
+class Room(NamedTuple):
+    """What copies take, of one rank or of all ranks of a host, and what the host has free."""
 
     host: str
     copy_bytes: int
     free_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.host}: {_gib(self.copy_bytes)} of copies, {_gib(self.free_bytes)} free"
+        return f"{self.host}: {size_text(self.copy_bytes)} of copies, {size_text(self.free_bytes)} free"
 
 
 def agree_on_mode(wanted: Literal["auto", "async", "sync"], copy_bytes: int, peers: Peers) -> tuple[Mode, str]:
     """The mode, and a note for the user where it is not the usual one; collective.
 
     Raises UserError on every rank when `async` is demanded where it cannot be."""
-    everyone = peers.gather(RankRoom(socket.gethostname(), copy_bytes, free_bytes()))
+    everyone = peers.gather(Room(socket.gethostname(), copy_bytes, free_bytes()))
     return choose_mode(wanted, hosts_of(everyone))
 
 
-def hosts_of(ranks: Sequence[RankRoom]) -> list[HostRoom]:
+def hosts_of(ranks: Sequence[Room]) -> list[Room]:
     """Ranks gathered by host."""
     hosts = {}
     for name in dict.fromkeys(rank.host for rank in ranks):
         mine = [rank for rank in ranks if rank.host == name]
-        hosts[name] = HostRoom(name, sum(r.copy_bytes for r in mine), min(r.free_bytes for r in mine))
+        hosts[name] = Room(name, sum(r.copy_bytes for r in mine), min(r.free_bytes for r in mine))
     return list(hosts.values())
 
 
-def choose_mode(wanted: Literal["auto", "async", "sync"], hosts: Sequence[HostRoom]) -> tuple[Mode, str]:
+def choose_mode(wanted: Literal["auto", "async", "sync"], hosts: Sequence[Room]) -> tuple[Mode, str]:
     """See `agree_on_mode`."""
     if wanted == "sync":
         return "sync", ""
@@ -64,7 +56,3 @@ def choose_mode(wanted: Literal["auto", "async", "sync"], hosts: Sequence[HostRo
     if wanted == "async":
         raise UserError(f"checkpoint.mode: async keeps a copy of what is saved in host memory; {listed}. Set sync.")
     return "sync", f"checkpoints are written while training waits: copies may take {ROOM:.0%} of free memory; {listed}"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

@@ -9,12 +9,9 @@ from typing import NamedTuple
 from ..distributed import storage
 from ..distributed.checkpoint.commit import CommitRecord, list_commits, parse_reference, ranked
 from ..distributed.checkpoint.manifest import MANIFEST_NAME
-from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
-from ..recipes.load import parse_recipe_text
-from ..recipes.naming import best_metric
 from .generate import is_model_folder
-from .pull import find_checkpoint
+from .pull import find_checkpoint, metric_of
 from .runs import find_run
 
 
@@ -52,8 +49,7 @@ def _chosen(url: str, records: list[CommitRecord], which: str | int) -> list[Com
     if which == "latest":
         return records[:1]
     if which == "best":
-        text = RunDirectory(url).read_recipe()
-        metric = best_metric(parse_recipe_text(text, url)) if text else None
+        metric = metric_of(url)
         return ranked(records, metric)[:1] if metric else []
     return [record for record in records if record.step == which]
 

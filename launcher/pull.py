@@ -14,6 +14,7 @@ from ..distributed.checkpoint.manifest import MANIFEST_NAME, TRAINING, FileRecor
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import parse_recipe_text
+from ..recipes.naming import best_metric
 from . import units
 from .runs import find_run
 
@@ -38,14 +39,13 @@ def find_checkpoint(reference: str) -> tuple[str, CommitRecord]:
     """(URL of the run, its commit) that RUN[@…] means. Raises UserError for a run or a step that is not there."""
     name, which = parse_reference(reference)
     url = find_run(name, Path.cwd())
-    return url, resolve(url, which, print, metric=_early_stopping_metric(url) if which == "best" else None)
+    return url, resolve(url, which, print, metric=metric_of(url) if which == "best" else None)
 
 
-def _early_stopping_metric(url: str) -> str | None:
-    """What decides which checkpoint of a run is the best, if its recipe says so."""
+def metric_of(url: str) -> str | None:
+    """What decides which checkpoint of a run is the best, as far as its recipe says it."""
     text = RunDirectory(url).read_recipe()
-    early = parse_recipe_text(text, url).evaluate.early_stopping if text else None
-    return early.metric if early else None
+    return best_metric(parse_recipe_text(text, url)) if text else None
 
 
 def copy_checkpoint(source: str, folder: Path, *, training: bool, say: Say) -> int:

@@ -7,6 +7,7 @@ computed. DeepSpeed does not look at names it does not know, so any other key is
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -142,8 +143,15 @@ def _problems(recipe: Recipe, strategy: Deepspeed, path: str, value: Any) -> Ite
         if reason is not None:
             yield Problem(key, f"contradicts the recipe: {reason}", "leave it out")
         else:
-            names = ", ".join(name.removeprefix("zero_optimization.") for name in PASSES)
-            yield Problem(key, "is not passed on", f"in zero_optimization these are: {names}")
+            yield Problem(key, "is not passed on", _meant(path))
+
+
+def _meant(path: str) -> str:
+    """What to do about a key that is in no table."""
+    if close := difflib.get_close_matches(path, [*SAID, *PASSES, *REFUSED], n=1, cutoff=0.8):
+        return f"did you mean {close[0]}?"
+    names = ", ".join(name.removeprefix("zero_optimization.") for name in PASSES)
+    return f"in zero_optimization these are: {names}"
 
 
 def _prefixes(path: str) -> Iterator[str]:

@@ -43,12 +43,13 @@ def require_memory(file: FileInfo, nbytes: int, what: str, remedy: str, limit: i
     limit = allowance() if limit is None else limit
     if nbytes > limit:
         raise UserError(
-            f"{file.url}: {what} takes at least {_size(nbytes)} of memory, and one read may take {_size(limit)} "
-            f"({SHARE:.0%} of what is free on this machine). {remedy}"
+            f"{file.url}: {what} takes at least {size_text(nbytes)} of memory, and one read may take "
+            f"{size_text(limit)} ({SHARE:.0%} of what is free on this machine). {remedy}"
         )
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """As people say it."""
     units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
     name, size = next((unit for unit in units if nbytes >= unit[1]), units[-1])
     return f"{nbytes / size:.1f} {name}"

@@ -6,14 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...recipes.schema import Train
-from ..strategies.optimizer import adamw_groups
 from .base import Piece, Shard, ShardGroup
 from .state import adamw as state_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adamw_groups(
+    parameters: Mapping[str, nn.Parameter], dimensions: Mapping[str, int], train: Train
+) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and other vectors do not. `dimensions` are those of the whole tensors, because a
+    strategy may hold them flat."""
+    decayed = [p for name, p in parameters.items() if dimensions[name] > 1]
+    others = [p for name, p in parameters.items() if dimensions[name] <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]] or [{"params": [], "weight_decay": 0.0}]
 
 
 class AdamW:

@@ -19,17 +19,13 @@ from ...recipes.schema import Recipe, Train
 from ...recipes.schema_strategy import Deepspeed
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
-from ..model import DTYPES, BuiltModel
+from ..model import DTYPES, SAFETENSORS_DTYPES, BuiltModel
+from ..optimizers.adamw import MOMENTS, adamw_groups
 from ..world import World
 from . import deepspeed_compat as compat
-from .optimizer import adamw_groups
-
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own default for gradients that are sent together: a buffer of 2 GB. An adapter's are far fewer."""
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepspeedEngine:
@@ -166,12 +162,8 @@ class DeepspeedEngine:
             self._load_tensor(part, name, published, reader)
 
     def load_base(self, reader: FragmentReader) -> None:
-        """Fill the base model's tensors from a model folder; copies that are trained whole start from it too."""
-        for name, stored in self._built.base.items():
+        for name, stored in self._built.starts():
             self._load_tensor("model", name, stored, reader)
-        for name in self._built.new_tensors():
-            if (source := self._built.copied_from(name)) is not None:
-                self._load_tensor("model", name, source, reader)
 
     def _load_tensor(self, part: str, name: str, stored: str, reader: FragmentReader) -> None:
         parameter = self._parameters[name]

@@ -23,12 +23,10 @@ from ...recipes.schema import Recipe
 from ...recipes.schema_strategy import Fsdp
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
-from ..model import DTYPES, BuiltModel
+from ..model import DTYPES, SAFETENSORS_DTYPES, BuiltModel
 from ..optimizers.base import Piece, Shard, ShardGroup
 from ..optimizers.table import build_optimizer
 from ..world import World
-
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class FsdpEngine:
@@ -151,12 +149,8 @@ class FsdpEngine:
                 self._optimizer.write(part, name, reader.read(stored, ((start, stop),)))
 
     def load_base(self, reader: FragmentReader) -> None:
-        """Fill the base model's tensors from a model folder; copies that are trained whole start from it too."""
-        for name, stored in self._built.base.items():
+        for name, stored in self._built.starts():
             self._load_tensor(name, stored, reader)
-        for name in self._built.new_tensors():
-            if (source := self._built.copied_from(name)) is not None:
-                self._load_tensor(name, source, reader)
 
     def _load_tensor(self, name: str, stored: str, reader: FragmentReader) -> None:
         start, stop = _local_range(self._parameters[name])

@@ -72,11 +72,14 @@ def pids(stream):
     return [feed.pid for feed in stream._feeds if isinstance(feed, ProcessFeed)]
 
 
-def wait_until_gone(pid):
+def ends(pid):
+    """Whether a reader ends, in a minute at most."""
     deadline = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the reader outlives its rank"
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 @pytest.mark.parametrize(("readers", "micro_batch_size", "processes"), [(1, 1, 1), (3, 1, 3), (9, 2, 2), (2, 3, 1)])
@@ -153,7 +156,7 @@ def test_a_stream_that_is_dropped_takes_its_readers_along(folder):
     stream.begin()
     pid = pids(stream)[0]
     del stream
-    wait_until_gone(pid)
+    assert ends(pid)
 
 
 def test_readers_end_with_a_rank_that_is_killed(folder, tmp_path):
@@ -180,7 +183,7 @@ def test_readers_end_with_a_rank_that_is_killed(folder, tmp_path):
         rank.wait()
     assert len(readers) == 2
     for pid in readers:
-        wait_until_gone(pid)
+        assert ends(pid)
 
 
 def test_readers_import_no_torch(tmp_path):

@@ -81,7 +81,7 @@ def test_frozen_files_are_one_file_with_several_names(tmp_path, threads, fragmen
 def test_a_checkpoint_stays_whole_when_the_one_it_was_linked_from_goes(tmp_path, threads, fragmented):
     save(str(tmp_path), threads, fragmented, steps=(1, 2), in_place=True)
     shutil.rmtree(tmp_path / "step-000001.a1")
-    files_of(str(tmp_path), 2)
+    assert files_of(str(tmp_path), 2)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -96,7 +96,7 @@ def test_what_cannot_be_linked_is_written_again(tmp_path, threads, fragmented, d
                 path.write_bytes(b"short")
 
     save(str(tmp_path), threads, fragmented, steps=(1, 2), in_place=in_place, between=harm)
-    files_of(str(tmp_path), 2)
+    assert files_of(str(tmp_path), 2)
 
 
 def test_a_store_copies_by_itself(threads, fragmented, monkeypatch):
@@ -115,5 +115,5 @@ def test_a_store_copies_by_itself(threads, fragmented, monkeypatch):
 def test_a_store_that_cannot_copy_gets_the_bytes_again(threads, fragmented, monkeypatch):
     monkeypatch.setattr(storage, "link", lambda source, target: False)
     save("memory://bucket/run", threads, fragmented, steps=(1, 2))
-    files_of("memory://bucket/run", 2)
+    assert files_of("memory://bucket/run", 2)
     fsspec.filesystem("memory").rm("/bucket", recursive=True)

@@ -388,3 +388,17 @@ def test_every_key_that_contradicts_is_named():
     assert "8 contradicts train.global_batch_size, which makes it 32" in str(problems[0])
     [problem] = run_checks(recipe(**tuned(zero_optimization={"offload_param": {"device": "nvme"}})))
     assert "NVMe is not supported" in problem.message and problem.remedy == "set strategy.offload_param: cpu"
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"gradient_cliping": 1.0}, "did you mean gradient_clipping?"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean zero_optimization.overlap_comm?"),
+        ({"wall_clock_breakdown": True}, "in zero_optimization these are: overlap_comm, "),
+    ],
+)
+def test_a_key_that_deepspeed_would_ignore_is_an_error(config: dict[str, Any], remedy: str) -> None:
+    [problem] = run_checks(recipe(**tuned(**config)))
+    assert problem.message == "is not passed on"
+    assert problem.remedy.startswith(remedy)
