@@ -23,12 +23,16 @@ _SHARDED = {"type": "deepspeed", "stage": 3, "deepspeed_config": {"zero_optimiza
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"type": "ddp"},
     "fsdp": {"type": "fsdp"},
+    "hybrid": {"type": "fsdp", "shard": "node"},
     "zero1": {"type": "deepspeed", "stage": 1},
     "zero2": {"type": "deepspeed", "stage": 2},
     "zero3": _SHARDED,
     "zero3-offload": {**_SHARDED, "offload_optimizer": "cpu", "offload_param": "cpu"},
 }
 """Name in tests and tables -> `strategy` of the recipe."""
+
+NODES = {1: (1,), 2: (1, 1), 3: (1, 1, 1), 4: (2, 2)}
+"""World size -> ranks of each logical node where `hybrid` is to have something to repeat, and with 4 to shard too."""
 
 
 @dataclass(frozen=True)
