@@ -106,8 +106,8 @@ def start_distributed(
 @contextmanager
 def nothing_to_collect() -> Iterator[None]:
     """A process forked in here never collects what it has inherited: the destructor of a gloo group, say, joins threads
-    that the fork does not have, and hangs."""
-    gc.collect()
+    that the fork does not have, and hangs. Garbage is frozen with the rest; to collect it first would walk through all
+    of torch and transformers, half a second for each rank."""
     gc.freeze()
     try:
         yield
