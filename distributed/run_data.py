@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,10 +114,13 @@ def _in_words(weights: Mapping[str, int]) -> str:
 
 def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Attempt, group: Group) -> RunData:
     """Find, index and verify the data on rank 0, and open it on every rank. Raises UserError."""
-    group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
+    spec = spec_of(recipe, folder, now=attempt.started_at)
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+        encoder = beside.submit(open_encoder, spec)  # while footers come, and while other ranks wait for the index
+        group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
     train, evals = train_index(recipe.data), eval_index(recipe.data)
     train_blocks = load_index(attempt.run, train)
-    encode = open_encoder(spec_of(recipe, folder, now=attempt.started_at))
+    encode = encoder.result()
     group.from_main(
         partial(check_prepared, train_blocks, train.key, encode, recipe.data.sequence_length), "looking at the data"
     )

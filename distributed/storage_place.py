@@ -13,6 +13,7 @@ from typing import Any
 
 from ..recipes.errors import UserError
 from .storage_errors import definite_error, protocol
+from .storage_s3 import CLIENT_CONFIG, quicken
 
 NO_OPTIONS = "{}"
 
@@ -84,8 +85,10 @@ def filesystem(url: str, options: str = NO_OPTIONS, *, uploads: bool = False) ->
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **_merged(defaults, given))
     except (ImportError, ValueError) as error:
         raise definite_error(url, error) or error from error
-    if kind == "s3" and not uploads:
-        fs.retries = 1
+    if kind == "s3":
+        quicken(fs)
+        if not uploads:
+            fs.retries = 1
     return fs, str(path)
 
 
@@ -98,7 +101,7 @@ def _client_defaults(kind: str) -> dict[str, Any]:
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
         }
-        return {"config_kwargs": config}
+        return {"config_kwargs": config | CLIENT_CONFIG}
     if kind == "http":
         from aiohttp import ClientTimeout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -38,11 +39,13 @@ def open_data(job: Job, state: Any) -> Opened:
             "train": {"global_batch_size": batch, "micro_batch_size": batch, "seed": job.seed},
         }
     )
-    index = build_index(recipe.data.train, ["bench"])
     spec = EncoderSpec(recipe.method, job.tokenizer, None, {}, datetime.now(UTC), None)
+    with ThreadPoolExecutor(1) as beside:  # as a run opens its data
+        encoder = beside.submit(open_encoder, spec)
+        index = build_index(recipe.data.train, ["bench"])
     readers = usual_readers(len(os.sched_getaffinity(0)), on_gpu=False)
     stream = open_stream(
-        index=index, recipe=recipe, world_rank=0, world_size=1, streams=batch, encode=open_encoder(spec),
+        index=index, recipe=recipe, world_rank=0, world_size=1, streams=batch, encode=encoder.result(),
         collate=build_method(recipe.method).collate, reader_processes=readers,
     )  # fmt: skip
     if state is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from .block import Block
-from .read_limit import MAX_READS, ReadLimit
+from .read_limit import MAX_READS, RESUMING_READS, ReadLimit
 
 CACHE_BYTES = 256 * 2**20
 """Decoded blocks that a reader keeps for a while beyond those its streams hold, and again as much read ahead."""
@@ -90,6 +90,11 @@ class BlockCache:
             ]
             self._start_reads()
         return futures
+
+    def widen(self) -> None:
+        """More reads at once: a run that goes on wants many blocks for its first step."""
+        with self._lock:
+            self._limit.widen(RESUMING_READS)
 
     def get_all(self, blocks: Iterable[int], parts: Collection[int] = (), needed_bytes: int = 0) -> list[Block]:
         """The decoded blocks, once all are there; of `parts` only a part will be served, `needed_bytes` (stored) in

@@ -52,9 +52,12 @@ class Drawing:
         return {number: drawn[number] for number in self._streams}
 
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Bring the streams to these states, several at once; before the first step. Raises UserError."""
+        """Bring the streams to these states; before the first step. What all of them need is asked for before any
+        waits for its own, so that it costs one round trip. Raises UserError."""
+        for number, stream in self._streams.items():
+            stream.restore(states[str(number)])
         with ThreadPoolExecutor(ENCODERS) as pool:
-            list(pool.map(lambda number: self._streams[number].restore(states[str(number)]), self._streams))
+            list(pool.map(lambda number: self._streams[number].take_back(states[str(number)]), self._streams))
 
     def close(self) -> None:
         """Wait for what is being drawn."""

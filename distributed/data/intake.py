@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...recipes.errors import UserError
 from ...recipes.methods.base import Rejected, Sample
 from ...recipes.schema import Data, Overlong, RowFormat, Source
-from .ahead import Drawn
+from .ahead import Drawn, Look
 from .index import Index
 from .lanes import RowReader
 from .pack import Address, Unit, Waiting, cuts, fit_together, piece, policy
@@ -26,13 +27,16 @@ def policies(index: Index, data: Data, sources: Sequence[Source]) -> tuple[Overl
 
 
 class Intake:
-    """What a stream takes in. `overlong` [sources of the index]."""
+    """What a stream takes in. `overlong` [sources of the index]; `look`: see `again`."""
 
-    def __init__(self, rows: RowReader, encode: Encode, sequence_length: int, overlong: Sequence[Overlong]) -> None:
+    def __init__(
+        self, rows: RowReader, encode: Encode, sequence_length: int, overlong: Sequence[Overlong], look: Look
+    ) -> None:
         self._rows = rows
         self._encode = encode
         self._sequence_length = sequence_length
         self._overlong = overlong
+        self._look = look
 
     def source(self, block: int) -> str:
         """The name of a block's source."""
@@ -67,10 +71,18 @@ class Intake:
         places = [(at.start + start, at.start + stop) for start, stop in found]
         return [_waiting((piece(sample, *place),), Address(at.block, at.row, *place)) for place in places]
 
-    def again(self, at: Address) -> list[Waiting] | Rejected:
-        """What was waiting when a run was saved, read anew. A change of sequence length that the user accepted may cut
-        it otherwise, or reject it. Raises UserError when the row is no longer what it was."""
-        unit = self.encode(self._rows.read(at.block, at.row))
+    def again(self, addresses: Sequence[Address]) -> Iterator[list[Waiting] | Rejected]:
+        """What was waiting when a run was saved, read anew and looked at some at a time, as new rows are. A change of
+        sequence length that the user accepted may cut it otherwise, or reject it. Raises UserError when a row is no
+        longer what it was."""
+        looked_at: deque[Drawn] = deque()
+        for number, at in enumerate(addresses):
+            if not looked_at:
+                looked_at.extend(self._look(self._rows.read(one.block, one.row) for one in addresses[number:]))
+            yield self._fit_again(looked_at.popleft(), at)
+
+    def _fit_again(self, drawn: Drawn, at: Address) -> list[Waiting] | Rejected:
+        unit = self.encode(drawn)
         if isinstance(unit, Rejected) or at.stop > len(unit[0]):
             reason = unit.reason if isinstance(unit, Rejected) else f"it has only {len(unit[0])} tokens"
             raise UserError(

@@ -10,7 +10,7 @@ from ...recipes.errors import UserError
 from ...recipes.methods.base import Rejected, RowId, Sample
 from ...recipes.schema import Data, Overlong
 from . import counters
-from .ahead import Drawn
+from .ahead import Drawn, Look, one_by_one
 from .intake import Encode, Intake
 from .lanes import LaneReader, Position, RowReader
 from .order import next_lane
@@ -47,13 +47,20 @@ class LogicalStream:
     """
 
     def __init__(
-        self, lanes: Sequence[Lane], rows: RowReader, data: Data, encode: Encode, overlong: Sequence[Overlong]
+        self,
+        lanes: Sequence[Lane],
+        rows: RowReader,
+        data: Data,
+        encode: Encode,
+        overlong: Sequence[Overlong],
+        look: Look = one_by_one,
     ) -> None:
-        """`overlong` [sources of the index]: what becomes of long rows."""
+        """`overlong` [sources of the index]: what becomes of long rows. `look`: how rows that were waiting when a run
+        was saved are looked at before they are encoded."""
         self._lanes = {lane.name: lane for lane in lanes}
         self._counted = [lane for lane in lanes if lane.counted]
         self._rows = rows
-        self._intake = Intake(rows, encode, data.sequence_length, overlong)
+        self._intake = Intake(rows, encode, data.sequence_length, overlong, look)
         self._packing = data.packing
         self._sequence_length = data.sequence_length
         self._buffer_size = data.pack_buffer if data.packing else 1
@@ -105,9 +112,8 @@ class LogicalStream:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Waiting samples are read and encoded again, not counted again.
-
-        Raises UserError for a state of another version, or of other lanes."""
+        """Go on where `state` was taken, as far as that needs no row: blocks are asked for, and `take_back` has to
+        follow. Raises UserError for a state of another version, or of other lanes."""
         if state["version"] != STATE_VERSION or state["lanes"].keys() != self._lanes.keys():
             raise UserError(
                 f"the saved data state is of version {state['version']} with lanes {', '.join(state['lanes'])}; this "
@@ -119,16 +125,19 @@ class LogicalStream:
             self._lanes[name].reader.restore(Position(*position))
         self.ask_first()
         self.counts = counters.copy(state["counters"])
-        self._draws = self._restored_draws(state)
-        self._buffer = PackBuffer()
-        for address in state["buffer"]:
-            for one in self._again(address):
-                self._buffer.add(one)
-        self._pending = self._again(state["pending"]) if state["pending"] else []
         self._accepted_epoch = state["accepted_epoch"]
         self._served_bytes = state["served_bytes"]
         # Whether the stream has ended is found anew: the run may have been made longer.
         self._done = False
+
+    def take_back(self, state: Mapping[str, Any]) -> None:
+        """The rest of `restore`: samples that were waiting are read and encoded again, not counted again. Raises
+        UserError for rows that are no longer what they were."""
+        self._draws = self._restored_draws(state)
+        self._buffer = PackBuffer()
+        for one in self._again(state["buffer"]):
+            self._buffer.add(one)
+        self._pending = self._again([state["pending"]]) if state["pending"] else []
 
     def _weights(self) -> dict[str, int]:
         return {name: lane.weight for name, lane in self._lanes.items()}
@@ -142,14 +151,13 @@ class LogicalStream:
             return dict(saved)
         return dict.fromkeys(mix, 0)
 
-    def _again(self, saved: Sequence[int]) -> list[Waiting]:
-        """The units of an address, in the sequences of now."""
-        address = Address(*saved)
-        found = self._intake.again(address)
-        if isinstance(found, Rejected):
-            self._reject(address.block, address.row, found)
-            return []
-        return found
+    def _again(self, saved: Sequence[Sequence[int]]) -> list[Waiting]:
+        """The units of addresses, in the sequences of now."""
+        addresses = [Address(*one) for one in saved]
+        units: list[Waiting] = []
+        for address, found in zip(addresses, self._intake.again(addresses), strict=True):
+            units += self._reject(address.block, address.row, found) if isinstance(found, Rejected) else found
+        return units
 
     def _refill(self) -> None:
         while len(self._buffer) < self._buffer_size and (self._pending or self._read_more()):

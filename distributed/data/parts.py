@@ -134,6 +134,7 @@ class PartReader:
         for number in self._streams:
             if str(number) not in states:
                 raise UserError(f"the saved data state knows {len(states)} streams, but not stream {number}")
+        self._cache.widen()
         self._drawing.restore(states)
 
     def close(self) -> None:
@@ -197,7 +198,7 @@ class PartSpec:
                 Lane(plan.order.name, reader, plan.weight, plan.counted)
                 for plan, reader in zip(plans, readers, strict=True)
             ]
-            return LogicalStream(lanes, rows, self.data, self.encode, overlong)
+            return LogicalStream(lanes, rows, self.data, self.encode, overlong, look)
 
         return PartReader(
             {number: logical(number) for number in self.share.streams},
