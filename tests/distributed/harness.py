@@ -54,7 +54,7 @@ class Ranks:
         """SIGKILL, as from a lost machine."""
         os.kill(self.processes[rank].pid, signal.SIGKILL)
 
-    def join(self, timeout_s: float = 120.0) -> list[Outcome]:
+    def join(self, timeout_s: float = 120.0, grace_s: float = GRACE_S) -> list[Outcome]:
         """Wait for all ranks; those that are still there after the time-out, or too long after another failed, are
         killed and say so."""
         deadline = time.monotonic() + timeout_s
@@ -64,7 +64,7 @@ class Ranks:
             for rank in [rank for rank, connection in pending.items() if connection in ready]:
                 self._receive(rank, pending.pop(rank))
                 if self.outcomes[rank].error is not None:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + grace_s)
         for rank in pending:
             self.kill(rank)
             self.outcomes[rank] = Outcome(error=f"rank {rank} was still running and was killed")

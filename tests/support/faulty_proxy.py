@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
@@ -28,14 +30,25 @@ REFUSALS = {
     "NoSuchBucket": 404,
     "InvalidObjectState": 403,
 }
+SLICE_BYTES = 8192
 ANSWERS = {**REFUSALS, "SlowDown": 503, "InternalError": 500}
 
 
 class FaultyProxy:
     """`rates`: share of requests that suffer each kind of fault; `applies(method, path)`: which requests may. Both can
-    be changed at any time. `counts`: requests by what became of them."""
+    be changed at any time. `counts`: requests by what became of them. `uplink_bytes_per_s`: what bodies of requests
+    share; one that does not arrive whole, because its sender was killed, is no request, as with S3."""
 
-    def __init__(self, host: str, port: int, *, seed: int = 0, delay_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        seed: int = 0,
+        delay_s: float = 0.01,
+        uplink_bytes_per_s: float = math.inf,
+        listen_on: int = 0,
+    ) -> None:
         self.rates: Mapping[str, float] = {}
         self.applies: Callable[[str, str], bool] = lambda method, path: method == "GET"
         self.retry_after: str | None = None
@@ -43,10 +56,11 @@ class FaultyProxy:
         self.heads: deque[bytes] = deque(maxlen=1_000)
         """The last requests: first lines and headers."""
         self.delay_s = delay_s
+        self._uplink_bytes_per_s, self._uplink_free_at = uplink_bytes_per_s, 0.0
         self._upstream = (host, port)
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", listen_on))
         self.port: int = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -85,7 +99,7 @@ class FaultyProxy:
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
             if re.search(rb"(?i)\r\nexpect: *100-continue", head):
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = await reader.readexactly(int(length[1])) if length else b""
+            body = await self._body(reader, int(length[1])) if length else b""
             kind = self._draw(method, path)
             self.counts[kind] += 1
             self.heads.append(head)
@@ -95,6 +109,17 @@ class FaultyProxy:
                 await self._spoil(writer, kind, await self._ask(head, body))
         with contextlib.suppress(ConnectionError):
             writer.close()
+
+    async def _body(self, reader: asyncio.StreamReader, length: int) -> bytes:
+        """At the speed of the uplink, which all connections share."""
+        pieces = []
+        for start in range(0, length, SLICE_BYTES):
+            pieces.append(await reader.readexactly(min(SLICE_BYTES, length - start)))
+            self._uplink_free_at = max(self._uplink_free_at, time.monotonic())
+            self._uplink_free_at += len(pieces[-1]) / self._uplink_bytes_per_s
+            if (wait_s := self._uplink_free_at - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+        return b"".join(pieces)
 
     async def _ask(self, head: bytes, body: bytes) -> bytes:
         """The upstream's whole answer; it closes the connection behind it, and our client does too."""

@@ -1,4 +1,5 @@
-"""What a long proof has shown so far, in a file, so that it may be interrupted and goes on where it was.
+"""What a long proof has shown so far, in a folder, so that it may be interrupted and goes on where it was, and so that
+several processes may share its work.
 
 PORTION_MINUTES: after so many minutes a proof stops by itself, between two of its pieces; the same command goes on.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -40,25 +43,38 @@ class Ledger:
     """Pieces of a proof by name, each a JSON value. `settings`: what they depend on besides the code (seed, sizes)."""
 
     def __init__(self, proof: str, **settings: Any) -> None:
-        self._path = ROOT / "build" / "evidence" / f"{proof}.json"
-        self._key = fingerprint(settings)
+        self._folder = ROOT / "build" / "evidence" / f"{proof}-{fingerprint(settings)[:16]}"
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._late_at = time.monotonic() + 60 * float(os.environ.get("PORTION_MINUTES", "inf"))
-        stored = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.pieces: dict[str, Any] = stored["pieces"] if stored.get("key") == self._key else {}
 
-    def pause_if_late(self, pieces: int) -> None:
-        """Ends this portion when its time is over; `pieces` is how many there are to be."""
-        if time.monotonic() > self._late_at:
-            pytest.skip(f"{len(self.pieces)} of {pieces} are done; the same command goes on")
+    @property
+    def pieces(self) -> dict[str, Any]:
+        """Those that are done, by whomever."""
+        return {path.stem: json.loads(path.read_text()) for path in self._folder.glob("*.json")}
+
+    def begin(self, name: str) -> bool:
+        """False where it is done, or another process is at it. Ends this portion when its time is over."""
+        if (self._folder / f"{name}.json").exists():
+            return False
+        claim = self._folder / f"{name}.claim"
+        if claim.exists() and (other := int(claim.read_text() or 0)) != os.getpid() and psutil.pid_exists(other):
+            return False
+        self.pause(only_if_late=True)
+        claim.write_text(str(os.getpid()))
+        return True
 
     def add(self, pieces: Mapping[str, Any]) -> None:
         """Keep what has been shown."""
-        self.pieces |= pieces
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.write_text(json.dumps({"key": self._key, "pieces": self.pieces}))
-        beside.replace(self._path)
+        for name, piece in pieces.items():
+            beside = self._folder / f"{name}.new"
+            beside.write_text(json.dumps(piece))
+            beside.replace(self._folder / f"{name}.json")
+
+    def pause(self, *, only_if_late: bool = False) -> None:
+        """Ends this portion."""
+        if not only_if_late or time.monotonic() > self._late_at:
+            pytest.skip(f"{len(self.pieces)} pieces are done; the same command goes on")
 
     def close(self) -> None:
         """The proof is complete and written down elsewhere."""
-        self._path.unlink(missing_ok=True)
+        shutil.rmtree(self._folder)

@@ -19,6 +19,14 @@ def moto_process(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
+def slow_link_process(folder: Path, to_port: int, bytes_per_s: float, delay_s: float) -> Iterator[int]:
+    """The port of a slow way to an S3 server: what is sent to it shares an uplink, every answer comes late."""
+    program = str(Path(__file__).with_name("slow_link.py"))
+    with _server(folder, lambda port: [program, *map(str, (port, to_port, bytes_per_s, delay_s))]) as port:
+        yield port
+
+
+@contextmanager
 def gcs_process(folder: Path, bucket: str) -> Iterator[int]:
     """The port of a Google Cloud Storage on loopback that has an empty bucket."""
     program = str(Path(__file__).with_name("gcs_server.py"))

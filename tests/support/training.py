@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import run_distributed
+from safetensors.torch import load_file
+from torch import Tensor
 
 # Imported before the fork, so that ranks do not each pay for it.
 from ftlaunch.distributed import entry
@@ -63,6 +65,12 @@ class Trained:
         """The newest committed checkpoint."""
         commit = max((self.directory / "commits").glob("*.json"))
         return self.directory / json.loads(commit.read_text())["directory"]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that it stores, by part and name."""
+        files = [*self.checkpoint.glob("*.safetensors"), *self.checkpoint.glob("training/*.safetensors")]
+        return {f"{path.stem} {name}": value for path in files for name, value in load_file(path).items()}
 
 
 class QuietMonitor:
