@@ -87,6 +87,8 @@ class Table:
     unit: str
     base: str
     values: Rounds
+    note: str = ""
+    """What the numbers do not say."""
 
     def ratios(self) -> dict[str, Ratio]:
         """Every side but the base, to the base."""
@@ -102,7 +104,7 @@ class Table:
         for name, values in self.values.items():
             ratio = str(ratios[name]) if name in ratios else "1"
             lines.append(f"| {name} | {statistics.median(values):.4g} | ± {spread(values):.1%} | {ratio} |")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
 
     def record(self) -> dict[str, Any]:
         """The same for programs."""

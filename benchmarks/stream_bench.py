@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,19 +122,46 @@ class Turn:
 
     def take(self, side: str, **job: Any) -> dict[str, Any]:
         """Run a side in a fresh process with empty caches; what it measured, with the bytes and requests it cost."""
+        before = counts(self.endpoint)
+        (measured,) = self.take_together(side, 1, **job)
+        after = counts(self.endpoint)
+        return measured | {name: after[name] - before[name] for name in after}
+
+    def take_together(self, side: str, ranks: int, **job: Any) -> list[dict[str, Any]]:
+        """The same in several processes at once that share the data; what each measured."""
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         fields = {name: value for name, value in asdict(self).items() if name not in ("folder", "shape")}
-        fields |= {"rows": self.shape.num_rows, "scratch": str(scratch), "tokenizer": str(self.folder / "tokenizer")}
-        (self.folder / "job.json").write_text(json.dumps(fields | job))
-        before = counts(self.endpoint)
-        said = run_checked(
-            [python_of(side), str(SIDES / f"{side}.py"), str(self.folder / "job.json")], SIDES, quiet(side)
-        )
-        after = counts(self.endpoint)
-        measured: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
-        return measured | {name: after[name] - before[name] for name in after}
+        fields |= {"rows": self.shape.num_rows, "tokenizer": str(self.folder / "tokenizer"), "ranks": ranks, **job}
+        port = str(free_port())
+
+        def run(rank: int) -> dict[str, Any]:
+            place = self.folder / f"job-{rank}.json"
+            place.write_text(json.dumps(fields | {"rank": rank, "scratch": str(scratch)}))
+            command = [python_of(side), str(SIDES / f"{side}.py"), str(place)]
+            said = run_checked(command, SIDES, {**quiet(side), **(group_of(rank, ranks, port) if ranks > 1 else {})})
+            measured: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
+            return measured
+
+        with ThreadPoolExecutor(ranks) as pool:
+            return list(pool.map(run, range(ranks)))
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def group_of(rank: int, ranks: int, port: str) -> Mapping[str, str]:
+    """What torchrun tells a process of a group on one machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
 
 
 def quiet(side: str) -> Mapping[str, str]:

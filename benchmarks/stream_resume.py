@@ -25,6 +25,8 @@ CLAIM = (
 )
 SIDES = ["ours", "hf_datasets", "mosaic", "lit"]
 SHARES = (0.1, 0.5, 0.9)
+WORLD_SIZES = (1, 2)
+"""Processes that go on from the state of one."""
 SHAPE = Shape(files=8, groups=8, rows=150, words=80)
 
 
@@ -35,20 +37,30 @@ def serve_until(turn: Turn, side: str, share: float, state: Path) -> list[int]:
     return names
 
 
-def lost_and_repeated(names: list[int], rows: int) -> dict[str, int]:
+def lost_and_repeated(names: list[int], rows: int) -> str:
     """Of an epoch."""
     times = Counter(names)
-    return {"lost": rows - len(times), "repeated": sum(times.values()) - len(times)}
+    return f"{rows - len(times)} lost, {sum(times.values()) - len(times)} repeated"
 
 
-def measure(turn: Turn, side: str, rounds: int, folder: Path) -> tuple[Rounds, dict[str, dict[str, int]]]:
-    """Seconds to the first batch, cold and resumed, interleaved; rows that went wrong, by share."""
-    wrong: dict[str, dict[str, int]] = {}
+def rest_of(turn: Turn, side: str, ranks: int, state: Path, served: list[int]) -> str:
+    """What becomes of the rows when so many processes go on from a state; a side may refuse to."""
+    try:
+        rest = turn.take_together(side, ranks, resume=str(state), names=True)
+    except SystemExit as failure:
+        return f"refused ({str(failure).strip().splitlines()[-1]})"
+    names = [name for one in rest for name in one["names"]]
+    return lost_and_repeated([*served, *names], turn.shape.num_rows)
+
+
+def measure(turn: Turn, side: str, rounds: int, folder: Path) -> tuple[Rounds, dict[str, str]]:
+    """Seconds to the first batch, cold and resumed, interleaved; rows that went wrong, by share and processes."""
+    wrong: dict[str, str] = {}
     for share in SHARES:
         state = folder / f"{side}-{share}.json"
         served = serve_until(turn, side, share, state)
-        rest: list[int] = turn.take(side, resume=str(state), names=True)["names"]
-        wrong[f"{share:.0%}"] = lost_and_repeated([*served, *rest], turn.shape.num_rows)
+        for ranks in WORLD_SIZES:
+            wrong[f"{share:.0%} on {ranks}"] = rest_of(turn, side, ranks, state, served)
     values: Rounds = {"cold": [], **{f"{share:.0%}": [] for share in SHARES}}
     for _ in range(rounds):
         values["cold"].append(turn.take(side, stop_after=1)["first_s"])
@@ -93,8 +105,9 @@ def main() -> None:
             turn = Turn(folder, endpoint, shape, options.seed, sequence_length=256 if options.quick else 2048)
             for side in options.sides:
                 taken[side], wrong[side] = measure(turn, side, options.rounds, folder)
-                lost = ", ".join(f"{at}: {n['lost']} lost, {n['repeated']} repeated" for at, n in wrong[side].items())
-                found.append(Table(f"{side}: first batch after resuming ({lost})", "s", "cold", taken[side]))
+                note = "Rows of the epoch when so many processes go on: "
+                note += "; ".join(f"{at}: {what}" for at, what in wrong[side].items())
+                found.append(Table(f"{side}: first batch after resuming", "s", "cold", taken[side], note))
             if "hf_datasets" in options.sides:
                 found.append(Table("skip: rows are read again", "s", "cold", skipping(turn, options.rounds)))
     settings = {**asdict(shape), "latency_ms": LATENCY_MS, "rows": shape.num_rows, "wrong": wrong}

@@ -21,7 +21,8 @@ ROW = re.compile(r"r(\d+)")
 
 class Job(NamedTuple):
     """What a side is told. `rows` of the data; `stop_after`: rows to take, None: the epoch; `resume`: file with the
-    state to begin from; `save`: file to write the state at the end to; `names`: report the rows that were served."""
+    state to begin from; `save`: file to write the state at the end to; `names`: report the rows that were served;
+    `rank` of `ranks`: which of the processes that share the data this one is."""
 
     endpoint: str
     tokenizer: str
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     resume: str | None = None
     save: str | None = None
     names: bool = False
+    rank: int = 0
+    ranks: int = 1
 
 
 class Opened(NamedTuple):

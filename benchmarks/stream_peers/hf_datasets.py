@@ -6,6 +6,7 @@ from typing import Any
 
 from common import Job, Opened, batched, run, tokenizer_of
 from datasets import load_dataset
+from datasets.distributed import split_dataset_by_node
 
 
 def open_data(job: Job, state: Any) -> Opened:
@@ -22,6 +23,8 @@ def open_data(job: Job, state: Any) -> Opened:
         columns=["text"],
         storage_options={"key": "x", "secret": "x", "client_kwargs": {"endpoint_url": job.endpoint}},
     )
+    if job.ranks > 1:
+        data = split_dataset_by_node(data, job.rank, job.ranks)
     data = data.shuffle(seed=job.seed, buffer_size=job.shuffle_rows)
     data = data.map(tokenise, batched=True, batch_size=job.batch_rows, remove_columns=["text"])
     if state is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from common import Job, Opened, run, tokenizer_of
 from litdata import StreamingDataLoader, StreamingDataset
 from litdata.streaming import downloader
@@ -27,8 +28,10 @@ class Rows(StreamingDataset):
 
 
 def open_data(job: Job, state: Any) -> Opened:
+    if job.ranks > 1:
+        torch.distributed.init_process_group("gloo", rank=job.rank, world_size=job.ranks)  # where it looks for its rank
     data = Rows(
-        job, input_dir="s3://bench/lit", cache_dir=f"{job.scratch}/lit", shuffle=True, seed=job.seed,
+        job, input_dir="s3://bench/lit", cache_dir=f"{job.scratch}/lit", shuffle=True, seed=job.seed, drop_last=False,
         storage_options={
             "endpoint_url": job.endpoint, "aws_access_key_id": "x", "aws_secret_access_key": "x",
             "region_name": "us-east-1",

@@ -29,7 +29,8 @@ def named(rows: list[list[int]]) -> dict[str, list[list[int]]]:
 
 def open_data(job: Job, state: Any) -> Opened:
     os.environ.update(S3_ENDPOINT_URL=job.endpoint, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
-    clean_stale_shared_memory()
+    if job.ranks == 1:
+        clean_stale_shared_memory()
     data = Rows(
         job, remote="s3://bench/mds", local=f"{job.scratch}/mds", shuffle=True, shuffle_seed=job.seed,
         batch_size=job.batch_rows, num_canonical_nodes=1, predownload=8 * job.batch_rows,

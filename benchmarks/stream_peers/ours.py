@@ -45,7 +45,7 @@ def open_data(job: Job, state: Any) -> Opened:
         index = build_index(recipe.data.train, ["bench"])
     readers = usual_readers(len(os.sched_getaffinity(0)), on_gpu=False)
     stream = open_stream(
-        index=index, recipe=recipe, world_rank=0, world_size=1, streams=batch, encode=encoder.result(),
+        index=index, recipe=recipe, world_rank=job.rank, world_size=job.ranks, streams=batch, encode=encoder.result(),
         collate=build_method(recipe.method).collate, reader_processes=readers,
     )  # fmt: skip
     if state is not None:
