@@ -9,11 +9,12 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 
 from .block import Block
-from .read_limit import MAX_READS, RESUMING_READS, ReadLimit
+from .read_limit import MAX_READS, ReadLimit
 
 CACHE_BYTES = 256 * 2**20
 """Decoded blocks that a reader keeps for a while beyond those its streams hold, and again as much read ahead."""
@@ -91,10 +92,9 @@ class BlockCache:
             self._start_reads()
         return futures
 
-    def widen(self) -> None:
-        """More reads at once: a run that goes on wants many blocks for its first step."""
-        with self._lock:
-            self._limit.widen(RESUMING_READS)
+    def all_at_once(self) -> AbstractContextManager[None]:
+        """While this holds, reads wait for no others: a run that goes on wants many blocks, all for its first step."""
+        return self._limit.lifted()
 
     def get_all(self, blocks: Iterable[int], parts: Collection[int] = (), needed_bytes: int = 0) -> list[Block]:
         """The decoded blocks, once all are there; of `parts` only a part will be served, `needed_bytes` (stored) in

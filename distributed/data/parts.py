@@ -134,8 +134,8 @@ class PartReader:
         for number in self._streams:
             if str(number) not in states:
                 raise UserError(f"the saved data state knows {len(states)} streams, but not stream {number}")
-        self._cache.widen()
-        self._drawing.restore(states)
+        with self._cache.all_at_once():
+            self._drawing.restore(states)
 
     def close(self) -> None:
         """Stop reading."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 FIRST_READS = 4
 """The first blocks of a stream arrive the sooner the fewer share the link."""
-
-RESUMING_READS = 16
-"""Of a run that goes on: what it asks for first is wanted by its first step, all of it, and nothing else shares the
-link."""
 
 FEWEST_READS = 8
 """Once anybody has waited. Reads that share a link end together, and then it idles for a round trip: the more of them,
@@ -44,9 +43,15 @@ class ReadLimit:
         self._since_s: float | None = None
         self._reads, self._nbytes, self._waited = 0, 0, False
 
-    def widen(self, reads: int) -> None:
-        """Let at least so many be in flight from now on."""
-        self.value = min(self._most, max(self.value, reads))
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """As many as ever, for reads that are all wanted together; what was learned before holds again afterwards."""
+        before, self.value = self.value, self._most
+        try:
+            yield
+        finally:
+            self.value = before
+            self._begin(None)
 
     def done(self, nbytes: int, now_s: float, *, waiting: bool) -> None:
         """A read of so many stored bytes has ended; `waiting`: somebody waits for a block."""

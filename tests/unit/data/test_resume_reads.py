@@ -10,7 +10,7 @@ from streams import bins_of, collate, encode
 
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.index import Index
-from ftlaunch.distributed.data.read_limit import MAX_READS, RESUMING_READS, ReadLimit
+from ftlaunch.distributed.data.read_limit import MAX_READS, ReadLimit
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.schema import Recipe
 
@@ -67,7 +67,7 @@ def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, mon
     held = {address[0] for state in states.values() for address in state["buffer"]}
     assert len(held) >= 8, "otherwise the test shows nothing"
 
-    gate, read = Gate(min(RESUMING_READS, len(held))), Index.read_whole
+    gate, read = Gate(min(MAX_READS, len(held))), Index.read_whole
 
     def gated(index, block):
         gate.pass_through(block)
@@ -80,11 +80,11 @@ def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, mon
     again.close()
 
 
-def test_a_limit_is_only_ever_widened_to_what_it_may_be():
-    limit = ReadLimit(first=2, most=8)
-    limit.widen(4)
+def test_a_lifted_limit_is_what_it_was_afterwards():
+    limit = ReadLimit(first=4, most=16)
+    with limit.lifted():
+        assert limit.value == 16
+        for read in range(64):
+            limit.done(1, float(read), waiting=True)
+        assert limit.value == 16
     assert limit.value == 4
-    limit.widen(2)
-    assert limit.value == 4
-    limit.widen(MAX_READS)
-    assert limit.value == 8
