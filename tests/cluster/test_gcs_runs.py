@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Command, run, torchrun
+from forked import ForkedRanks, run_forked
 from servers import gcs_process
 from tiny import recipe_for, write_recipe
 from training import read_run
@@ -62,19 +62,18 @@ def test_killed_and_resumed_in_a_bucket(store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = recipe_for(tmp_path, name="bot", train={"max_steps": 8})
     recipe["checkpoint"] = {"path": "runs", "every_steps": 2}
-    local = torchrun(2, str(write_recipe(tmp_path / "local.yaml", recipe)))
-    code, output = run(local, tmp_path)
+    code, output = run_forked(2, [str(write_recipe(tmp_path / "local.yaml", recipe))], tmp_path)
     assert code == 0, output
     for path in [*tmp_path.glob("*.*"), *(tmp_path / "model").iterdir()]:
         storage.write_bytes(f"{BUCKET}/{path.relative_to(tmp_path)}", path.read_bytes())
     for source in [*recipe["data"]["train"], *recipe["data"]["eval"]]:
         source["path"] = f"{BUCKET}/{Path(source['path']).name}"
     recipe["model"]["path"], recipe["checkpoint"]["path"] = f"{BUCKET}/model", f"{BUCKET}/runs"
-    command = torchrun(2, str(write_recipe(tmp_path / "remote.yaml", recipe)))
-    first = Command(command, tmp_path)
+    arguments = [str(write_recipe(tmp_path / "remote.yaml", recipe))]
+    first = ForkedRanks(2, arguments, tmp_path)
     assert first.wait_until(partial(storage.exists, f"{BUCKET}/runs/bot/commits/step-000002.json")), first.text
     first.kill()
-    code, output = run(command, tmp_path)
+    code, output = run_forked(2, arguments, tmp_path)
     assert code == 0, output
     assert "continuing run bot from step" in output
     assert cli.main(["pull", f"{BUCKET}/runs/bot", "pulled"]) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import run_forked
 from processes import Command, ftlaunch, run, torchrun
 from tiny import recipe_for, write_recipe
 from training import Trained, read_run
@@ -149,7 +150,7 @@ def test_sigterm_saves_under_torchrun(folder, by_torchrun):
     assert outcomes(directory) == ["interrupted"]
     [step] = committed(directory)[-1:]
     assert 3 <= step < STEPS
-    code, output = run(torchrun(2, str(recipe)), folder)
+    code, output = run_forked(2, [str(recipe)], folder)
     assert code == 0, output
     assert final(directory) == final(by_torchrun.directory)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from processes import environment, ftlaunch, run, torchrun
+from forked import run_forked
+from processes import environment, ftlaunch, run
 from servers import moto_process
 from tiny import chat_rows, recipe_for, text_rows, write_jsonl, write_recipe
 from training import read_run
@@ -90,9 +91,8 @@ def test_the_samples_are_those_of_the_rows(folder, prepared):
 
 
 def test_two_ranks_train_on_it(folder, prepared):
-    code, said = run(
-        torchrun(2, "recipe.prepared.yaml", "name=on-tokens", "train.num_epochs=null", "train.max_steps=6"), folder
-    )
+    arguments = ["recipe.prepared.yaml", "name=on-tokens", "train.num_epochs=null", "train.max_steps=6"]
+    code, said = run_forked(2, arguments, folder)
     assert code == 0, said
     assert len(read_run(folder / "runs/on-tokens").losses) == 6
 
@@ -113,7 +113,7 @@ def test_shards_in_a_bucket_give_the_same_losses_at_one_and_two_ranks(folder, bu
     code, said = run(ftlaunch("prepare", "bucket.yaml", "--to", f"{bucket}/shards"), folder)
     assert code == 0, said
     values = [str(folder / "bucket.prepared.yaml"), "train.num_epochs=null", "train.max_steps=6"]
-    code, said = run(torchrun(2, *values, "name=two"), folder)
+    code, said = run_forked(2, [*values, "name=two"], folder)
     assert code == 0, said
     assert entry.main([*values, "name=one"]) == 0
     one, two = (read_run(folder / "runs" / name) for name in ("one", "two"))
@@ -157,7 +157,7 @@ def test_a_share_that_is_held_out_is_prepared_apart(folder):
     ],
 )
 def test_another_recipe_is_refused(folder, prepared, change, says):
-    code, said = run(torchrun(1, "recipe.prepared.yaml", "name=other", change), folder)
+    code, said = run_forked(1, ["recipe.prepared.yaml", "name=other", change], folder)
     assert code == 1
     assert says in said
     assert cli.main(["prepare", str(folder / "recipe.yaml"), change, "--to", str(prepared[0])]) == 1

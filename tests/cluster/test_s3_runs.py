@@ -14,8 +14,9 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from forked import ForkedRanks, run_forked
 from moto.server import ThreadedMotoServer
-from processes import Command, ftlaunch, run, torchrun
+from processes import ftlaunch, run
 from tiny import recipe_for, text_rows, write_parquet, write_recipe
 from training import read_run
 from transformers import AutoModelForCausalLM
@@ -82,7 +83,7 @@ def recipe_in(place: str, folder: Path, runs: str, name: str) -> str:
 @pytest.fixture(scope="module")
 def local(folder) -> dict[str, torch.Tensor]:
     """What two ranks make of the same files on a disk."""
-    code, output = run(torchrun(2, recipe_in(str(folder), folder, str(folder / "runs"), "local")), folder)
+    code, output = run_forked(2, [recipe_in(str(folder), folder, str(folder / "runs"), "local")], folder)
     assert code == 0, output
     return weights(read_run(folder / "runs/local").checkpoint)
 
@@ -104,11 +105,11 @@ def committed(name: str, step: int) -> bool:
 @pytest.fixture(scope="module")
 def bot(folder) -> str:
     """A run in the bucket: everything is there, and all its processes are killed once, after a commit."""
-    command = torchrun(2, recipe_in(BUCKET, folder, f"{BUCKET}/runs", "bot"))
-    first = Command(command, folder)
+    arguments = [recipe_in(BUCKET, folder, f"{BUCKET}/runs", "bot")]
+    first = ForkedRanks(2, arguments, folder)
     assert first.wait_until(partial(committed, "bot", 3)), first.text
     first.kill()
-    code, output = run(command, folder)
+    code, output = run_forked(2, arguments, folder)
     assert code == 0, output
     assert "continuing run bot from step" in output
     return f"{BUCKET}/runs/bot"

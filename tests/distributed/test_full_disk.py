@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,11 @@ def disk(tmp_path):
 
 
 class Filler(QuietMonitor):
-    """Fills the disk to the last byte after one step, and makes room again after another."""
+    """Fills the disk to the last byte after one step, when the save before it has been committed, and makes room again
+    after another."""
 
     def __init__(self, disk: Path, fill_after: int, free_after: int | None) -> None:
+        self.saved = disk / "runs" / "tiny" / "commits" / f"step-{fill_after - 2:06d}.json"
         self.ballast, self.fill_after, self.free_after = disk / "ballast", fill_after, free_after
         self.messages: list[str] = []
 
@@ -54,6 +57,8 @@ class Filler(QuietMonitor):
             self.ballast.unlink()
 
     def _fill(self) -> None:
+        while not self.saved.exists():
+            time.sleep(0.005)
         with self.ballast.open("wb", buffering=0) as file:
             try:
                 while True:

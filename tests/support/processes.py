@@ -35,7 +35,57 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
-class Command:
+class Running:
+    """What was started, and prints to a file; somebody must say how it ends."""
+
+    output: Path
+
+    @property
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """The processes that were started, without their children."""
+        raise NotImplementedError
+
+    def ended(self) -> bool:
+        """Whether all of them are over."""
+        raise NotImplementedError
+
+    def reap(self) -> None:
+        """Wait for the ends of processes that have been killed."""
+        raise NotImplementedError
+
+    def wait_until(self, happened: Callable[[], bool]) -> bool:
+        """Poll fast; False if it ended before it happened."""
+        deadline = time.monotonic() + WAIT_S
+        while not happened():
+            if self.ended():
+                return happened()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"never happened:\n{self.text}")
+            time.sleep(0.001)
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL to all of it and all descendants, at once."""
+        family: list[int] = []
+        for pid in self.pids():
+            try:
+                family += [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+            except psutil.NoSuchProcess:
+                continue
+        for pid in family:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.reap()
+
+
+class Command(Running):
     """A command in a session of its own, in `folder` (never the repository, whose folders would shadow packages)."""
 
     def __init__(self, command: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -46,10 +96,14 @@ class Command:
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    @property
-    def text(self) -> str:
-        """What it has printed so far."""
-        return self.output.read_text(errors="replace")
+    def pids(self) -> list[int]:
+        return [self.process.pid]
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def reap(self) -> None:
+        self.process.wait()
 
     def wait(self) -> int:
         """Its exit code."""
@@ -59,34 +113,9 @@ class Command:
             self.kill()
             raise AssertionError(f"still running after {WAIT_S} s:\n{self.text}") from None
 
-    def wait_until(self, happened: Callable[[], bool]) -> bool:
-        """Poll fast; False if the command ended before it happened."""
-        deadline = time.monotonic() + WAIT_S
-        while not happened():
-            if self.process.poll() is not None:
-                return happened()
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"never happened:\n{self.text}")
-            time.sleep(0.001)
-        return True
-
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the whole foreground group."""
         os.killpg(self.process.pid, signal.SIGINT)
-
-    def kill(self) -> None:
-        """SIGKILL to it and all its descendants, at once."""
-        try:
-            family = [self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children(recursive=True))]
-        except psutil.NoSuchProcess:
-            family = []
-        for pid in family:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait()
 
 
 def run(command: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -43,11 +43,14 @@ def offline(tmp_path, monkeypatch):
 
 
 def test_wandb_hears_every_value(tmp_path, offline):
+    import wandb
+
     recipe = tracked_by_wandb(tmp_path)
     board, tracker = open_trackers(recipe, str(tmp_path / "n"))
     tracker.log(1, {"train/loss": 4.25, "train/tokens": 1000.0})
     for one in (board, tracker):
         one.close()
+    wandb.teardown()  # its service writes the file, in a process of its own, and ends with this
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"train/loss" in written.read_bytes() and b"4.25" in written.read_bytes()
 

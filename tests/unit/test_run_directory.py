@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
@@ -219,4 +220,6 @@ def test_the_environment_is_described_without_importing_it(run, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "['machine', 'packages', 'platform', 'python'] False"
     run.write_environment()
-    assert json.loads((tmp_path / "bot/environment.json").read_bytes())["packages"]["torch"]
+    packages = json.loads((tmp_path / "bot/environment.json").read_bytes())["packages"]
+    assert packages == {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    assert packages["torch"]
