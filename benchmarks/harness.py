@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("ftlaunch", "torch", "transformers", "ray", "accelerate", "numpy")
+PACKAGES = ("ftlaunch", "torch", "transformers", "deepspeed", "ray", "accelerate", "numpy")
 MIN_ROUNDS = 5
 
 Rounds = dict[str, list[float]]

@@ -56,15 +56,25 @@ class Turn:
 
 
 class Side:
-    """A process that trains, frozen except in its turn."""
+    """A process that trains, with its children, frozen except in its turn."""
 
-    def __init__(self, name: str, folder: Path, device: str, size: Size, measured: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        device: str,
+        size: Size,
+        measured: int,
+        *,
+        dropped: int = DROPPED,
+        script: str = "step_sides.py",
+    ) -> None:
         here = Path(__file__).resolve().parent
-        numbers = map(str, (size.batch, size.sequence, DROPPED, measured))
+        numbers = map(str, (size.batch, size.sequence, dropped, measured))
         self.name = name
         self._log = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, str(here / "step_sides.py"), name, str(folder), device, *numbers],
+            [sys.executable, str(here / script), name, str(folder), device, *numbers],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

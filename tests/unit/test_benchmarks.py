@@ -14,7 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
     "step_overhead", "launch", "loss_memory", "packing", "order_scale", "packed_attention", "stream", "stream_resume",
-    "stream_memory", "checkpoint_save",
+    "stream_memory", "checkpoint_save", "step_strategies",
 )  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
@@ -22,9 +22,10 @@ LIGHT = {
     "stream": ["--peers", "hf_datasets"],
     "stream_resume": ["--sides", "ours"],
     "checkpoint_save": ["--ranks", "2"],
+    "step_strategies": ["--strategies", "fsdp"],
 }
 """A launch is tested elsewhere; starting Ray once more would prove nothing here. Most peers of the stream need
-environments of their own."""
+environments of their own, and DeepSpeed by hand a compiler."""
 
 
 @pytest.fixture
