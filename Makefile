@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 # The interpreters that are tried, in this order; PYTHON=/path/to/python goes first.
 PYTHON ?=
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
-# What `make quickstart` writes to, how many test processes run at once, and more arguments for pytest.
+# What `make quickstart` writes to, how many test processes run at once (each takes a whole file, so that what tests of a
+# module share is made once), and more arguments for pytest.
 DIR ?= quickstart
 WORKERS ?= 2
 ARGS ?=
@@ -27,7 +28,7 @@ quickstart: install ## Install, then train and compare a small model on this mac
 	@$(BIN)/ftlaunch quickstart $(DIR)
 
 test: install-test ## The quick tier of tests (ARGS="-k name" narrows it, WORKERS=2 processes)
-	@$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not evidence and not gpu and not hub" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist loadfile -m "not evidence and not gpu and not hub" $(ARGS)
 
 evidence: install-test ## One long proof, whole: NAME=...; without NAME: list them
 ifeq ($(strip $(NAME)),)

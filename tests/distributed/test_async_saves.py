@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_distributed
-from processes import Command
+from processes import Command, rank_alone
 from tiny import recipe_for, write_recipe
 from training import QuietMonitor, read_run, train_all
 
@@ -143,10 +143,12 @@ def run_one(rank, size, recipe, folder, *, ahead=None, broken=(), victim=0, stop
     return outcome, "", monitor.messages, most[0]
 
 
-def run(tmp_path, size, checkpoint, **more):
+def run(tmp_path, size, checkpoint, *, inputs=None, **more):
+    """Train in a folder, on its own model and data or on those of `inputs`."""
     changes = more.pop("changes", {})
     tmp_path.mkdir(exist_ok=True)
-    recipe = recipe_for(tmp_path, checkpoint={"mode": "async", **KEEP, **checkpoint}, **changes)
+    place = {"path": str(tmp_path / "runs")}
+    recipe = recipe_for(inputs or tmp_path, checkpoint={"mode": "async", **KEEP, **place, **checkpoint}, **changes)
     endings = run_distributed(_run_one, size, recipe, str(tmp_path), more, connect=False)
     return endings, tmp_path / "runs" / "tiny"
 
@@ -271,17 +273,32 @@ def test_what_is_kept(tmp_path):
     assert [path.parent.name for path in directory.glob("*/training")] == ["step-000008.a1"]
 
 
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """Two runs on two ranks that save after every second step: "tiny" was stopped behind step 5, "plain" was not."""
+    folder = tmp_path_factory.mktemp("halfway")
+    run(folder, 2, {"every_steps": 2}, stop_after=5)
+    train_all([recipe_for(folder, name="plain", checkpoint={"every_steps": 2})], 2)
+    return folder
+
+
+def assert_ends_as_plain(halfway, directory):
+    ours, theirs = (contents(read_run(place).checkpoint) for place in (directory, halfway / "runs" / "plain"))
+    del ours["MANIFEST.json"], theirs["MANIFEST.json"]  # it names the attempt
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(tmp_path, keep):
+def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(halfway, tmp_path, keep):
     """The newest checkpoint lost a file. Automatically the one before is taken, if it kept its training state, and the
     run ends with the weights it would have had; weights alone are no place to go on from."""
     checkpoint = {"every_steps": 2, "keep_training_state": keep}
-    run(tmp_path, 2, checkpoint, stop_after=5)
+    run(tmp_path, 2, checkpoint, inputs=halfway, stop_after=5)
     directory = tmp_path / "runs" / "tiny"
     newest = read_run(directory).checkpoint
     (newest / "training" / "exp_avg.safetensors").unlink()
     (tmp_path / "rendezvous").unlink()
-    endings, _ = run(tmp_path, 2, checkpoint)
+    endings, _ = run(tmp_path, 2, checkpoint, inputs=halfway)
     before = max(step for step in (2, 4, 6) if step < int(newest.name[5:11]))
     if keep == 1:
         assert [ending[0] for ending in endings] == [UserError.__name__] * 2
@@ -289,11 +306,7 @@ def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(tmp_path, ke
         return
     assert [ending[0] for ending in endings] == ["finished"] * 2
     assert any(f"{newest.name}/training/exp_avg.safetensors" in text for text in endings[0][2])
-    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint={"every_steps": 2})], 2)
-    ours = contents(read_run(directory).checkpoint)
-    theirs = contents(plain.checkpoint)
-    del ours["MANIFEST.json"], theirs["MANIFEST.json"]  # it names the attempt
-    assert ours == theirs
+    assert_ends_as_plain(halfway, directory)
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])
@@ -324,15 +337,13 @@ def flip(path: Path, place: float) -> None:
     ("file", "place"),
     [("model.safetensors", 0.9), ("training/exp_avg_sq.safetensors", 0.01), ("training/state.json", 0.5)],
 )
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, file, place):
+def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(halfway, tmp_path, file, place):
     """One rank or both may read the bit; both go back, and end with the weights they would have had."""
-    checkpoint = {"every_steps": 2}
-    run(tmp_path, 2, checkpoint, stop_after=5)
+    shutil.copytree(halfway / "runs" / "tiny", tmp_path / "runs" / "tiny")
     directory = tmp_path / "runs" / "tiny"
     newest = read_run(directory).checkpoint
     flip(newest / file, place)
-    (tmp_path / "rendezvous").unlink()
-    endings, _ = run(tmp_path, 2, checkpoint)
+    endings, _ = run(tmp_path, 2, {"every_steps": 2}, inputs=halfway)
     assert [ending[0] for ending in endings] == ["finished"] * 2
     assert any(f"{newest}/{file}: bytes" in text for text in endings[0][2])
     step, before = int(newest.name[5:11]), max(step for step in (2, 4, 6) if step < int(newest.name[5:11]))
@@ -340,10 +351,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_taken(tmp_path, fil
     assert newest.exists()
     assert (directory / "commits" / f"{newest.name}.damaged.json").exists()
     assert steps_of(directory) == sorted({2, 4, 6, 8})  # an interrupted step that is no multiple was the damaged one
-    (plain,) = train_all([recipe_for(tmp_path, name="plain", checkpoint=checkpoint)], 2)
-    ours, theirs = contents(read_run(directory).checkpoint), contents(plain.checkpoint)
-    del ours["MANIFEST.json"], theirs["MANIFEST.json"]
-    assert ours == theirs
+    assert_ends_as_plain(halfway, directory)
 
 
 def test_a_flipped_bit_without_an_earlier_checkpoint_stops_the_run(tmp_path):
@@ -363,7 +371,7 @@ def test_sigterm_saves_and_ends_with_130(tmp_path):
     train = {"max_steps": 100_000, "lr_scheduler": "constant"}
     recipe = recipe_for(tmp_path, train=train, checkpoint={"every_steps": 1, "mode": "async", "keep_last": 3})
     path = str(write_recipe(tmp_path / "tiny.yaml", recipe))
-    command = Command([sys.executable, "-m", "ftlaunch.distributed.entry", path], tmp_path)
+    command = Command(rank_alone(path), tmp_path)
     directory = tmp_path / "runs" / "tiny"
     assert command.wait_until(lambda: len(list(directory.glob("commits/*.json"))) >= 2)
     command.process.send_signal(signal.SIGTERM)

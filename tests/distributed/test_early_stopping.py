@@ -17,7 +17,7 @@ from ftlaunch.launcher import cli
 
 METRIC = "chats/loss"
 # So fast that the loss on rows it has not seen turns around within a few evaluations.
-OVERFITTING = {"max_steps": 120, "learning_rate": 2e-2, "lr_scheduler": "constant"}
+OVERFITTING = {"max_steps": 120, "learning_rate": 5e-2, "lr_scheduler": "constant"}
 
 
 def overfitting(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub import Hub, serving
-from processes import run, torchrun
+from processes import rank_alone, run, torchrun
 from tiny import make_model, make_tokenizer, recipe_for, text_rows, write_parquet, write_recipe
 from training import read_run, train_all
 
@@ -33,15 +33,16 @@ def recipe_on_the_hub(folder: Path, **model: str) -> str:
 def test_a_run_keeps_the_commit_it_began_on(hub: Hub, tmp_path):
     """Two ranks fetch the model; when the hub's branch moves, going on uses what the run began with."""
     first = hub.push("acme/tiny", a_model(tmp_path / "one", seed=1))
-    command, home = torchrun(2, recipe_on_the_hub(tmp_path)), hub.environment(tmp_path / "home")
-    code, output = run(command, tmp_path, home)
+    recipe = recipe_on_the_hub(tmp_path)
+    code, output = run(torchrun(2, recipe), tmp_path, hub.environment(tmp_path / "home"))
     assert code == 0, output
     directory = tmp_path / "runs/tiny"
     assert json.loads((directory / "facts.json").read_text())["model_revision"] == first
 
     hub.push("acme/tiny", a_model(tmp_path / "two", seed=2))
     hub.asked.clear()
-    code, output = run([*command, "train.max_steps=3"], tmp_path, hub.environment(tmp_path / "another-home"))
+    another = hub.environment(tmp_path / "another-home")
+    code, output = run(rank_alone(recipe, "train.max_steps=3"), tmp_path, another)
     assert code == 0, output
     assert any(f"/resolve/{first}/" in path for path in hub.asked)
     assert not any("/revision/main" in path for path in hub.asked)
@@ -66,12 +67,12 @@ def test_a_run_trains_on_data_of_the_hub_as_on_the_same_files_here(hub: Hub, tmp
 
 def test_what_is_not_on_the_hub_is_named(hub: Hub, tmp_path):
     recipe = recipe_on_the_hub(tmp_path, path="acme/nothing")
-    code, output = run(torchrun(1, recipe), tmp_path, hub.environment(tmp_path / "home"))
+    code, output = run(rank_alone(recipe), tmp_path, hub.environment(tmp_path / "home"))
     assert code == 1
     assert "there is no folder 'acme/nothing', and no model of that name on the hub" in output
     hub.push("acme/tiny", a_model(tmp_path / "one", seed=1))
     recipe = recipe_on_the_hub(tmp_path, revision="v9")
-    code, output = run(torchrun(1, recipe, "name=other"), tmp_path, hub.environment(tmp_path / "home"))
+    code, output = run(rank_alone(recipe, "name=other"), tmp_path, hub.environment(tmp_path / "home"))
     assert code == 1
     assert "acme/tiny has no revision 'v9'" in output
 
@@ -79,6 +80,6 @@ def test_what_is_not_on_the_hub_is_named(hub: Hub, tmp_path):
 def test_a_hub_out_of_reach_is_trouble_of_the_infrastructure(tmp_path):
     recipe = recipe_on_the_hub(tmp_path)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    code, output = run(torchrun(1, recipe), tmp_path, nowhere)
+    code, output = run(rank_alone(recipe), tmp_path, nowhere)
     assert code != 0
     assert "the model hub cannot be reached" in output

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from processes import Command, ftlaunch, run, torchrun
 from tiny import recipe_for, write_recipe
 
@@ -89,7 +90,7 @@ def folder(tmp_path_factory):
 def whole(folder):
     """What a run that nobody disturbs ends with, on two ranks."""
     recipe, directory = prepare(folder, "whole")
-    code, output = run(torchrun(2, str(recipe)), folder)
+    code, output = run_forked(2, [str(recipe)], folder)
     assert code == 0, output
     return final(directory)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Command, run
+from processes import Command, rank_alone, run
 from tiny import chat_rows, recipe_for, write_jsonl, write_recipe
 from training import read_run, train, train_all
 
@@ -171,7 +170,7 @@ def test_a_first_attempt_that_failed_takes_a_corrected_recipe(launch, tmp_path):
 def test_two_starts_at_once_do_not_both_train(tmp_path):
     recipe = recipe_for(tmp_path, train={"max_steps": 5000, "lr_scheduler": "constant"})
     path = str(write_recipe(tmp_path / "tiny.yaml", recipe))
-    rank = [sys.executable, "-m", "ftlaunch.distributed.entry", path]
+    rank = rank_alone(path)
     first = Command(rank, tmp_path)
     assert first.wait_until((tmp_path / "runs/tiny/metrics.jsonl").exists)
     code, output = run(rank, tmp_path)

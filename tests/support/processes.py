@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,13 +31,18 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
     ]  # fmt: skip
 
 
+def rank_alone(*arguments: str) -> list[str]:
+    """The rank's program, without a launcher: a world of one."""
+    return [sys.executable, "-m", "ftlaunch.distributed.entry", *arguments]
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """One thread per rank, so that runs repeat bit for bit however many ranks share the machine."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
-class Running:
-    """What was started, and prints to a file; somebody must say how it ends."""
+class Running(ABC):
+    """What was started, and prints to a file."""
 
     output: Path
 
@@ -45,17 +51,17 @@ class Running:
         """What it has printed so far."""
         return self.output.read_text(errors="replace")
 
+    @abstractmethod
     def pids(self) -> list[int]:
         """The processes that were started, without their children."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ended(self) -> bool:
         """Whether all of them are over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reap(self) -> None:
         """Wait for the ends of processes that have been killed."""
-        raise NotImplementedError
 
     def wait_until(self, happened: Callable[[], bool]) -> bool:
         """Poll fast; False if it ended before it happened."""

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec.implementations.local  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 from harness import run_distributed
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Imported before the fork, so that ranks do not each pay for it.
-from ftlaunch.distributed import entry
+# Imported before the fork, so that ranks do not each pay for it: what a run imports late is here too.
+from ftlaunch.distributed import entry, varlen  # noqa: F401
+from ftlaunch.distributed.optimizers import adamw  # noqa: F401
+from ftlaunch.distributed.strategies import fsdp  # noqa: F401
 from ftlaunch.distributed.world import World
 from ftlaunch.recipes.load import LoadedRecipe
+from ftlaunch.recipes.methods import sft  # noqa: F401
 from ftlaunch.recipes.schema import Recipe
 
 # Small models fit below the size from which ZeRO-3 lets go of a gathered parameter at all.
