@@ -81,15 +81,20 @@ class CheckpointWriter:
         self.plan(content)
         directory = storage.join(self.run_url, directory_name(step, self.attempt))
         try:
-            counts = self._save(directory, step, content)
+            manifest = self._write(directory, step, content)
         except Exception:
             self._discard(directory)  # where the disk was full there is room again
             raise
+        # From here on the record may be there, whatever comes back: a rank that is lost while it is made must not make
+        # the others take away what it names.
+        counts = self._commit(step, content, manifest)
         if counts.attempt != self.attempt:
             self._discard(directory)
+        else:
+            self._remember_unchanged(directory, manifest)
         return counts
 
-    def _save(self, directory: str, step: int, content: Content) -> CommitRecord:
+    def _write(self, directory: str, step: int, content: Content) -> Manifest:
         linked = self._link_unchanged(directory)
         records = [record for stem in content.parts for record in self._save_part(directory, stem, content, linked)]
         records += self._save_small_files(directory, content)
@@ -99,11 +104,11 @@ class CheckpointWriter:
         manifest = Manifest(step, self.attempt, tuple(files))
         self._save_manifest(directory, manifest)
         self._verify(directory, manifest)
-        counts = self._commit(step, content, manifest)
-        if counts.attempt == self.attempt:
-            frozen = [path_of(stem, name) for stem, plan in self._plans.items() for name in plan.frozen_files()]
-            self._unchanged = Unchanged(directory, {f.path: f for f in files if f.path in frozen})
-        return counts
+        return manifest
+
+    def _remember_unchanged(self, directory: str, manifest: Manifest) -> None:
+        frozen = [path_of(stem, name) for stem, plan in self._plans.items() for name in plan.frozen_files()]
+        self._unchanged = Unchanged(directory, {f.path: f for f in manifest.files if f.path in frozen})
 
     def _link_unchanged(self, directory: str) -> dict[str, FileRecord]:
         """What never changes comes from this attempt's last checkpoint; what cannot is written again."""

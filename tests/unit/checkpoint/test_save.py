@@ -58,6 +58,20 @@ def test_a_checkpoint_is_whole(tmp_path, threads, fragmented):
         assert all(torch.equal(reader.read_tensor(name), tensor) for name, tensor in TENSORS.items())
 
 
+def test_a_rank_that_is_lost_in_the_commit_takes_nothing_back(tmp_path, fragmented):
+    """The record is there when the others are told of it; what it names stays, whatever comes of that."""
+
+    def lost(kind, **_):
+        raise InfrastructureError(f"the connection to another rank broke: {kind}")
+
+    writer = CheckpointWriter(str(tmp_path), 1, lost, max_file_bytes=500)
+    with pytest.raises(InfrastructureError, match="broke: checkpoint_committed"):
+        writer.save(5, content_of(fragmented(TENSORS, 1, 3)[0]))
+    record = latest(str(tmp_path), pytest.fail)
+    assert record is not None and record.step == 5
+    assert verify_checkpoint(str(tmp_path / record.directory)) == []
+
+
 def test_spans_cover_every_byte(tmp_path, threads, fragmented):
     save(tmp_path, threads, fragmented)
     for file in read_manifest(str(tmp_path / "step-000005.a1")).files:
