@@ -37,6 +37,8 @@ class Attempt:
     """Commit of a model from a hub, as the first start found it; None: the model is from elsewhere."""
     notes: tuple[str, ...] = field(default=())
     """Things about the run directory that the user should read."""
+    recipe: str = ""
+    """This attempt's, as it is stored."""
 
 
 def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str]) -> Attempt:
@@ -48,7 +50,8 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
     run.check()
     number = run.claim_attempt(world_size=world_size, command=[redact(word, loaded.secrets) for word in command])
-    _store_recipe(run, dump_recipe(recipe, loaded.secrets), number)
+    text = dump_recipe(recipe, loaded.secrets)
+    run.store_recipe(text)
     run.write_environment()
     # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.
     storage.delete_tree(run.path("result.json"))
@@ -59,7 +62,7 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
         storage.delete_tree(run.path("facts.json"))
     facts = run.read_facts() or run.record_facts(_facts(recipe, world_size))
     started_at = datetime.fromisoformat(facts["started_at"])
-    return Attempt(run, number, facts["streams"], started_at, resume, facts["model_revision"], tuple(notes))
+    return Attempt(run, number, facts["streams"], started_at, resume, facts["model_revision"], tuple(notes), text)
 
 
 def _where_to_go_on(run: RunDirectory, report: Report) -> CommitRecord | None:
@@ -87,12 +90,11 @@ def _facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
     }
 
 
-def _store_recipe(run: RunDirectory, text: str, number: int) -> None:
-    stored = run.read_recipe()
-    if stored is None:
-        run.store_recipe(text)
-    elif stored != text:
-        run.replace_recipe(text, number)
+def take_over_recipe(attempt: Attempt) -> None:
+    """From now on the run is what this attempt's recipe says; on rank 0. Not before the changes that the user accepted
+    have proved to fit what was saved: an attempt that is refused must leave the run as it was."""
+    if attempt.run.read_recipe() != attempt.recipe:
+        attempt.run.replace_recipe(attempt.recipe, attempt.number)
 
 
 def choose_streams(recipe: Recipe, world_size: int) -> int:

@@ -28,7 +28,7 @@ from . import group as groups
 from . import storage
 from .adapter_start import start_adapter
 from .again import Flags, decide, gather
-from .attempt import Attempt, begin_attempt
+from .attempt import Attempt, begin_attempt, take_over_recipe
 from .checkpoint.content import Content
 from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
@@ -87,7 +87,7 @@ class PolicyModel:
 def run_rank(job: Job) -> str:
     """Train as one rank of a run: "finished" or "stopped_early". Raises Interrupted after a requested stop, and
     UserError or InfrastructureError, on every rank alike."""
-    _set_variables(job.loaded.recipe)
+    set_variables(job.loaded.recipe)
     job.monitor.emit({"kind": "phase", "phase": "connecting"})
     with groups.connected(job.world, job.rendezvous) as group:
         if job.flags and not group.from_main(partial(_trains, job, job.flags), "looking at the run"):
@@ -125,7 +125,8 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
             if job.world.is_main:
                 recorder = Recorder.open(job.loaded, attempt, job.monitor)
         with ExitStack() as resources:
-            run = _build(job, group, attempt, recorder, resources)
+            run = build_run(job, group, attempt, recorder, resources)
+            group.from_main(partial(take_over_recipe, attempt), "storing the recipe")
             outcome = train(run)
         if outcome == "interrupted":
             ending = "interrupted", ""
@@ -146,7 +147,7 @@ def _attempt(job: Job, group: Group, attempt: Attempt) -> str:
                 closes.callback(recorder.close)
 
 
-def _build(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, resources: ExitStack) -> Run:
+def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | None, resources: ExitStack) -> Run:
     """Everything a rank trains with, in the order in which mistakes are cheapest to find. `resources` closes it."""
     recipe, world = _pinned(job.loaded.recipe, attempt), job.world
     say: Callable[[str], None] = recorder.phase if recorder else lambda _phase: None
@@ -335,7 +336,7 @@ def _announce(recorder: Recorder | None, kind: str, **fields: Any) -> None:
         recorder.events.record(kind, **fields)
 
 
-def _set_variables(recipe: Recipe) -> None:
+def set_variables(recipe: Recipe) -> None:
     """What libraries take from variables, or keep for the process."""
     # Readers tokenise in threads or processes of their own; threads of each of them beneath would fight for the cores
     # (half as long again on two of them). A user's own setting stays.

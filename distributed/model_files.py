@@ -15,7 +15,7 @@ from typing import Any
 
 from ..recipes.errors import InfrastructureError, UserError
 from . import storage
-from .checkpoint.commit import COMMITS, latest
+from .checkpoint.commit import COMMITS, resolve
 
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)$")
 """Configuration, tokenizer and template files: everything beside the weights that belongs to a model."""
@@ -109,11 +109,10 @@ def pinned_revision(path: str, revision: str | None) -> str | None:
 def _inside_a_run(url: str) -> str:
     if not storage.exists(storage.join(url, COMMITS)):
         return url
-    problems: list[str] = []
-    commit = latest(url, problems.append)
-    if commit is None:
-        raise UserError(f"model.path: the run {url} has no usable checkpoint. {' '.join(problems)}".rstrip())
-    return storage.join(url, commit.directory)
+    try:
+        return storage.join(url, resolve(url, "latest").directory)
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
 
 
 def _from_hub(path: str, revision: str | None, *, weights: bool) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..recipes.errors import UserError
 from ..recipes.methods.base import Method
 from ..recipes.schema import EvalSplit, Recipe, Source
 from .attempt import Attempt
@@ -114,6 +115,7 @@ def _in_words(weights: Mapping[str, int]) -> str:
 
 def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Attempt, group: Group) -> RunData:
     """Find, index and verify the data on rank 0, and open it on every rank. Raises UserError."""
+    _require_to_divide(recipe.train.global_batch_size, attempt.streams)
     spec = spec_of(recipe, folder, now=attempt.started_at)
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
         encoder = beside.submit(open_encoder, spec)  # while footers come, and while other ranks wait for the index
@@ -138,6 +140,18 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
         encode=encode,
         stream=stream,
     )
+
+
+def _require_to_divide(global_batch_size: int, streams: int) -> None:
+    """The run's first start cut the data into streams, for as long as it lasts. Raises UserError for another batch that
+    they do not divide."""
+    if global_batch_size % streams:
+        near = max(streams, round(global_batch_size / streams) * streams)
+        raise UserError(
+            f"train.global_batch_size {global_batch_size}: the run's data was cut into {streams} streams when it "
+            f"began, and every step takes as many sequences of each. Take a multiple of {streams}, as {near}, or begin "
+            "a new run with --fresh."
+        )
 
 
 def _open_stream(

@@ -30,6 +30,7 @@ from .rejections import Rejections
 from .run_directory import RunDirectory
 from .schedule import Extent
 from .strategies.base import Engine
+from .weights import check_stored
 
 
 class _Pending(NamedTuple):
@@ -215,11 +216,12 @@ def read_state(directory: str) -> dict[str, Any]:
 def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
     """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
     against the manifest's checksums. Raises DamagedError for bytes that are not what was written, and UserError for a
-    checkpoint of another optimizer."""
+    checkpoint of another model, adapter or optimizer."""
     files = read_manifest(directory).files
     stems = {part: stem_of(part, has_adapter) for part in engine.parts}
     _refuse_missing(directory, stems.values(), files)
     readers = {part: _checked_reader(directory, stem, files) for part, stem in stems.items()}
+    check_stored(directory, {one.spec.name: one.spec.shape for one in engine.fragments("model")}, readers["model"])
     for part, reader in readers.items():
         engine.load(part, reader)
     if damaged := [problem for reader in readers.values() for problem in reader.damaged]:

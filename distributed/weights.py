@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from torch import Tensor
 
@@ -30,6 +30,27 @@ def check_base(built: BuiltModel, reader: FragmentReader) -> None:
             + _listed("missing from the files", missing)
             + _listed("other shapes", shapes)
             + "Give a folder whose config.json belongs to its weights."
+        )
+
+
+def check_stored(directory: str, shapes: Mapping[str, tuple[int, ...]], reader: FragmentReader) -> None:
+    """Whether a checkpoint holds the very tensors, of these shapes by name, that a run goes on with: where
+    --accept-changes let another model or adapter in, ranges of flat tensors would be other values. Raises UserError."""
+    stored = set(reader.names())
+    missing = [name for name in shapes if name not in stored]
+    others = [
+        f"{name} is {reader.spec(name).shape} in the checkpoint and {shape} in the recipe"
+        for name, shape in shapes.items()
+        if name in stored and reader.spec(name).shape != shape
+    ]
+    unused = sorted(stored - shapes.keys())
+    if missing or others or unused:
+        raise UserError(
+            f"{directory} is a checkpoint of another model or adapter than the recipe's.\n"
+            + _listed("other shapes", others)
+            + _listed("missing from it", missing)
+            + _listed("not in the recipe's model", unused)
+            + "Set model and adapter back, or begin a new run with --fresh."
         )
 
 

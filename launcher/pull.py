@@ -39,7 +39,7 @@ def find_checkpoint(reference: str) -> tuple[str, CommitRecord]:
     """(URL of the run, its commit) that RUN[@…] means. Raises UserError for a run or a step that is not there."""
     name, which = parse_reference(reference)
     url = find_run(name, Path.cwd())
-    return url, resolve(url, which, print, metric=metric_of(url) if which == "best" else None)
+    return url, resolve(url, which, metric=metric_of(url) if which == "best" else None)
 
 
 def metric_of(url: str) -> str | None:

@@ -187,23 +187,35 @@ def parse_reference(text: str) -> Reference:
     return Reference(run, int(step[1]))
 
 
-def resolve(run_url: str, which: str | int, report: Report, *, metric: str | None = None) -> CommitRecord:
+def resolve(run_url: str, which: str | int, *, metric: str | None = None) -> CommitRecord:
     """The commit that a reference means. `metric` decides what best is; None: the only metric there is.
 
-    Raises UserError that says which commits there are.
+    Raises UserError that says which commits there are, and for a damaged one: another is taken only when it is named.
     """
-    records = list_commits(run_url, report)
+    unreadable: list[str] = []
+    records = list_commits(run_url, unreadable.append)
+    if unreadable and not isinstance(which, int):
+        raise UserError("\n".join([*unreadable, _others(run_url, records)]))
     if which == "latest":
         chosen = records[::-1]
     elif which == "best":
         chosen = ranked(records, metric or _only_metric(run_url, records))
     else:
         chosen = [record for record in records if record.step == which]
-    record = next(usable(run_url, chosen, report), None)
-    if record is None:
+    if not chosen:
         there = ", ".join(str(record.step) for record in records) or "none"
-        raise UserError(f"{run_url} has no usable checkpoint for @{which}. Committed steps: {there}.")
-    return record
+        raise UserError(f"{run_url} has no checkpoint for @{which}. Committed steps: {there}.")
+    if (problem := directory_problem(run_url, chosen[0])) is not None:
+        raise UserError(f"checkpoint of step {chosen[0].step} is not usable: {problem}\n{_others(run_url, records)}")
+    return chosen[0]
+
+
+def _others(run_url: str, records: Sequence[CommitRecord]) -> str:
+    whole = list(usable(run_url, records, lambda _: None))
+    if not whole:
+        return "No other checkpoint of this run is whole."
+    steps = ", ".join(str(record.step) for record in whole)
+    return f"Name another one to take it instead: whole are those of steps {steps} ({run_url}/{whole[-1].directory})."
 
 
 def _only_metric(run_url: str, records: Sequence[CommitRecord]) -> str:

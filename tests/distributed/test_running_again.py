@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from processes import Command, rank_alone, run
-from tiny import chat_rows, recipe_for, write_jsonl, write_recipe
+from tiny import chat_rows, make_model, recipe_for, write_jsonl, write_recipe
 from training import read_run, train, train_all
 
 from ftlaunch.distributed import entry
@@ -133,6 +133,54 @@ def test_other_training_numbers_stop_with_a_diff(launch, tmp_path):
     code, said = launch("train.max_steps=3", "train.learning_rate=1e-3")
     assert code == 0
     assert "is finished" in said
+
+
+def test_another_model_or_adapter_is_refused_and_what_does_not_fit_is_named(launch, tmp_path):
+    """Also where the change was accepted: ranges of tensors of another shape would be other numbers."""
+    make_model(tmp_path / "other", seed=1)
+    make_model(tmp_path / "wider", hidden_size=48)
+    write_jsonl(tmp_path / "other.jsonl", chat_rows(30, seed=5))
+    assert launch("train.max_steps=2")[0] == 0
+    assert launch("train.max_steps=2", "name=lora", "adapter={rank: 4}")[0] == 0
+    more = ["train.max_steps=3"]
+    for words, change in (
+        ([f"model.path={tmp_path}/other"], "model.path: "),
+        (["adapter={rank: 4}"], "adapter: none -> {"),
+        (["data.train=[{path: other.jsonl, format: chat}]"], "data.train: ["),
+        (["train.global_batch_size=16"], "train.global_batch_size: 8 -> 16"),
+        (["name=lora", "adapter={rank: 8}"], "adapter.rank: 4 -> 8"),
+    ):
+        code, said = launch(*more, *words)
+        assert code == 1
+        assert "was begun with other values" in said and change in said, said
+        assert "--fresh" in said and "--accept-changes" in said
+    for words, reasons in (
+        ([f"model.path={tmp_path}/wider"], ["model.embed_tokens.weight is (307, 40) in the checkpoint and (307, 48)"]),
+        (["name=lora", "adapter={rank: 2}"], ["lora_A.weight is (4, 40) in the checkpoint and (2, 40) in the recipe"]),
+        (
+            ["name=lora", "adapter={rank: 4, target_modules: [q_proj, lm_head]}"],
+            ["missing from it: base_model.model.lm_head.lora_A.weight", "not in the recipe's model: base_model.model"],
+        ),
+    ):
+        code, said = launch(*more, *words, "--accept-changes")
+        assert code == 1
+        assert "is a checkpoint of another model or adapter than the recipe's" in said, said
+        assert all(reason in said for reason in reasons), said
+    code, said = launch(*more)
+    assert code == 0 and "from step 2" in said, "what was refused has changed nothing"
+
+
+def test_another_global_batch_goes_on_where_the_streams_divide_it(launch, tmp_path):
+    assert launch("train.max_steps=2")[0] == 0
+    code, said = launch("train.max_steps=4", "train.global_batch_size=12", "--accept-changes")
+    assert code == 1
+    assert "train.global_batch_size 12: the run's data was cut into 8 streams when it began" in said
+    assert "Take a multiple of 8, as 16" in said
+    code, said = launch("train.max_steps=4", "train.global_batch_size=16", "--accept-changes")
+    assert code == 0, said
+    assert "changed: train.global_batch_size: 8 -> 16" in said
+    tokens = [step["tokens"] for step in read_run(tmp_path / "runs/tiny").steps]  # so far
+    assert len(tokens) == 4 and tokens[3] - tokens[1] > 1.5 * tokens[1], "twice as many sequences a step"
 
 
 def test_accepted_data_is_read_from_its_beginning(launch, tmp_path):

@@ -85,8 +85,11 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(tmp_path, damage):
     assert latest(str(tmp_path), reported.append) == good
     assert len(reported) == 1
     assert reported[0].startswith("checkpoint of step 10 is not usable: ")
-    with pytest.raises(UserError, match=r"no usable checkpoint for @10\. Committed steps: 5, 10"):
-        resolve(str(tmp_path), 10, reported.append)
+    # A reference falls back to nothing: another checkpoint must be named.
+    for which in (10, "latest"):
+        with pytest.raises(UserError, match=r"step 10 is not usable: .*\n.* those of steps 5 \(.*/step-000005.a1"):
+            resolve(str(tmp_path), which)
+    assert resolve(str(tmp_path), 5) == good
 
 
 def test_a_broken_record_is_reported_and_skipped(tmp_path):
@@ -96,6 +99,9 @@ def test_a_broken_record_is_reported_and_skipped(tmp_path):
     assert latest(str(tmp_path), reported.append) == good
     assert len(reported) == 1
     assert "step-000010.json is no commit record" in reported[0]
+    with pytest.raises(UserError, match=r"step-000010.json is no commit record.*\n.* those of steps 5 "):
+        resolve(str(tmp_path), "latest")
+    assert resolve(str(tmp_path), 5) == good
 
 
 def test_a_manifest_of_a_newer_format_is_not_guessed_at(tmp_path):
@@ -132,17 +138,17 @@ def test_resolve(tmp_path):
     make(tmp_path, 5, **{"a/loss": 1.0})
     make(tmp_path, 10, **{"a/loss": 2.0})
     run = str(tmp_path)
-    assert resolve(run, "latest", nothing_to_report).step == 10
-    assert resolve(run, "best", nothing_to_report).step == 5
-    assert resolve(run, 10, nothing_to_report).step == 10
+    assert resolve(run, "latest").step == 10
+    assert resolve(run, "best").step == 5
+    assert resolve(run, 10).step == 10
     make(tmp_path, 15, **{"a/loss": 3.0, "b/loss": 0.0})
-    assert resolve(run, "best", nothing_to_report, metric="b/loss").step == 15
+    assert resolve(run, "best", metric="b/loss").step == 15
     with pytest.raises(UserError, match="a/loss, b/loss"):
-        resolve(run, "best", nothing_to_report)
+        resolve(run, "best")
     with pytest.raises(UserError, match=r"@7\. Committed steps: 5, 10, 15"):
-        resolve(run, 7, nothing_to_report)
+        resolve(run, 7)
     with pytest.raises(UserError, match="Committed steps: none"):
-        resolve(str(tmp_path / "elsewhere"), "latest", nothing_to_report)
+        resolve(str(tmp_path / "elsewhere"), "latest")
 
 
 # --- retention ------------------------------------------------------------------------------------------------------

@@ -135,6 +135,22 @@ def test_secrets_do_not_appear_in_errors(capsys, place, monkeypatch):
     assert "s3cr3t" not in err
 
 
+def test_a_deepspeed_config_against_the_recipe_and_what_zero_3_cannot_do_are_told_at_once(capsys, place):
+    """Before anything is started, with where it was written."""
+    strategy = (
+        "strategy={type: deepspeed, stage: 3, deepspeed_config: {train_batch_size: 7, zero_optimization: {stage: 2}}}"
+    )
+    words = [strategy, "train.compile=true", "train.optimizer=muon", "adapter={type: qlora}"]
+    code, out, err = run(capsys, "plan", "bot.yaml", *words)
+    said = " ".join(err.split())
+    assert code == 1 and out == ""
+    assert "strategy.deepspeed_config.train_batch_size: 7 contradicts train.global_batch_size, which makes it 4" in said
+    assert "strategy.deepspeed_config.zero_optimization.stage: 2 contradicts strategy.stage, which makes it 3" in said
+    assert "train.compile: not together with DeepSpeed's stage 3" in said
+    assert "train.optimizer: DeepSpeed holds tensors in flat pieces, which only adamw is made for" in said
+    assert "adapter.type: a base in 4 bits is not laid out by DeepSpeed" in said
+
+
 def test_schema_is_json(capsys):
     code, out, _ = run(capsys, "schema")
     assert code == 0
