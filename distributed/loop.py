@@ -71,14 +71,15 @@ def train(run: Run) -> str:
     if run.extent.steps == 0 and run.recipe.evaluate.at_start:
         run.evaluator.measure(run.extent.steps)
         run.evaluator.has_new_best()  # what has not been trained is no checkpoint
-    outcome = _steps(run)
+    outcome = take_steps(run)
     if outcome != "interrupted" and run.recipe.evaluate.at_end:
         run.evaluator.measure(run.extent.steps)
     run.saver.save(run.extent, last=True)
     return outcome
 
 
-def _steps(run: Run) -> str:
+def take_steps(run: Run) -> str:
+    """The steps of `train`, with the evaluations and saves that fall due between them; what it says."""
     watch = Stopwatch()
     while not _is_over(run):
         if _stops_early(run):

@@ -21,6 +21,9 @@ OPTIONS_WITH_VALUES = frozenset(
         "--report",
         "--to",
         "--dtype",
+        "--gguf-converter",
+        "--steps",
+        "--ranks",
     }
 )
 """Options whose next word is their value, over all verbs: a verb may come after them."""

@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from ..recipes.errors import FtlaunchError, UserError
 from ..recipes.problems import Origin, located
 from .arguments import arrange
+from .checkpoint_commands import export
 
 if TYPE_CHECKING:
     from ..recipes.load import LoadedRecipe
@@ -200,6 +201,36 @@ def quickstart(folder: Path = Path("ftlaunch-quickstart"), /) -> int:
 
 
 @app.command
+def selftest(
+    recipe: RecipePath,
+    /,
+    *overrides: Overrides,
+    place: Place = Place(),
+    steps: int = 3,
+    ranks: int | None = None,
+    scale_down: bool = False,
+) -> int:
+    """Train a few steps in several layouts on this machine, and compare losses and gradient norms. Keeps nothing.
+
+    Parameters
+    ----------
+    steps
+        Optimizer steps of each layout.
+    ranks
+        Ranks of the largest layout; by default all GPUs, or 4 processes on a CPU.
+    scale_down
+        Take a small random model of the same kind, short sequences and a small batch.
+    """
+    from .selftest import Options
+    from .selftest import selftest as run_selftest
+
+    for name, value in (("--steps", steps), ("--ranks", 1 if ranks is None else ranks)):
+        if value < 1:
+            raise UserError(f"{name} {value}: at least 1")
+    return run_selftest(_load(recipe, overrides, place), Options(steps, ranks, scale_down))
+
+
+@app.command
 def recipes(name: str | None = None, file: Path | None = None, /) -> int:
     """List the recipes that come with ftlaunch; print one; copy one to a file.
 
@@ -285,37 +316,6 @@ def verify(run: str, /, *, no_logits: bool = False) -> int:
 
 
 @app.command
-def export(
-    checkpoint: str,
-    /,
-    *,
-    to: str,
-    merge_adapter: bool = False,
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Write a checkpoint as a plain model folder with a card, in little memory, to a folder or a URL.
-
-    Parameters
-    ----------
-    checkpoint
-        RUN, RUN@best, RUN@latest, RUN@STEP, or a checkpoint's folder or URL.
-    to
-        An empty or new folder or URL. The same export, broken off earlier, goes on.
-    merge_adapter
-        Merge the adapter into its base: a whole model.
-    dtype
-        Of the weights; by default as they are stored.
-    overwrite
-        Replace an earlier export that lies there (and nothing else).
-    """
-    from .export import Wanted
-    from .export import export as export_checkpoint
-
-    return export_checkpoint(checkpoint, to, Wanted(merge_adapter, dtype, overwrite))
-
-
-@app.command
 def status(run: str, /) -> int:
     """Show how far a run is.
 
@@ -329,11 +329,15 @@ def status(run: str, /) -> int:
     return show_status(run)
 
 
+app.command(export)
+
+
 VERBS = (
     "plan",
     "check",
     "prepare",
     "quickstart",
+    "selftest",
     "recipes",
     "schema",
     "generate",

@@ -30,6 +30,7 @@ from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import parse_recipe_text
 from . import units
 from .check_progress import Counted, byte_progress
+from .export_gguf import Converter, GgufFile, local_folder
 from .export_target import Target
 from .history import read_record
 from .locate import Located, locate
@@ -43,11 +44,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asked for. `dtype`: torch's name; None: as stored."""
+    """What the user asked for. `dtype`: torch's name; None: as stored. `gguf`: what makes a GGUF file besides; None: no
+    such file."""
 
     merge_adapter: bool
     dtype: str | None
     overwrite: bool
+    gguf: Converter | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Source:
 
 
 def export(reference: str, to: str, wanted: Wanted) -> int:
-    """Write it, read it back in samples, and say where it lies. Raises UserError for a target that is in use."""
+    """Write it, read it back in samples, and say where it lies. Raises UserError for a target that is in use, and for a
+    GGUF file that could not be made, when the rest is there."""
     source = open_source(reference, merge=wanted.merge_adapter)
     tensors, stem, untied = _weights(source, merge=wanted.merge_adapter)
     files = plan_files(
@@ -76,12 +80,16 @@ def export(reference: str, to: str, wanted: Wanted) -> int:
         max_file_bytes=SHARD_BYTES,
     )
     small = _small_files(source, files, wanted, untied=untied)
-    planned = sorted((*small, *(file.name for file in files.files)))
+    gguf = _gguf(source, files, wanted, to) if wanted.gguf else None
+    planned = sorted((*small, *(file.name for file in files.files), *([gguf.name] if gguf else [])))
     target = Target.begin(to, _identity(source, wanted), planned, overwrite=wanted.overwrite)
     records = _write(target, files, tensors, small)
+    failure = _convert(gguf, records) if gguf else None
     manifest = Manifest(source.manifest.step, source.manifest.attempt, tuple(records))
     target.finish(manifest)
     _read_back(to, manifest)
+    if failure is not None:
+        raise failure
     total = sum(record.size for record in records)
     kind = "the adapter" if stem == "adapter_model" else "the model"
     print(
@@ -124,6 +132,25 @@ def _weights(source: Source, *, merge: bool) -> tuple[TensorStream, str, bool]:
     base = CheckpointReader(source.base.url)
     merged = MergedTensors(base, adapter, source.config, structure_of(source.base))
     return merged, "model", bool(merged.untied)
+
+
+def _gguf(source: Source, files: FileSet, wanted: Wanted, to: str) -> GgufFile:
+    """What is to be made besides. Raises UserError for a place or a kind of model that no GGUF file is made of."""
+    assert wanted.gguf is not None
+    if source.config is not None and not wanted.merge_adapter:
+        raise UserError("--gguf: it is made of a whole model, and this checkpoint is an adapter; add --merge-adapter")
+    title = source.located.run.rstrip("/").rpartition("/")[2] if source.located.run else "model"
+    return GgufFile(wanted.gguf, local_folder(to), title, _dtype_of(files))
+
+
+def _convert(gguf: GgufFile, records: list[FileRecord]) -> UserError | None:
+    """Make it, and add it to what was written; why it could not be made. The model beside it is whole all the same."""
+    print(f"{gguf.name}: {gguf.converter.command[-1]} is at work on what was written")
+    try:
+        records.append(gguf.make())
+    except UserError as error:
+        return error
+    return None
 
 
 # --- small files ----------------------------------------------------------------------------------------------------

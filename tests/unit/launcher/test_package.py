@@ -33,7 +33,8 @@ def test_every_name_lies_below_the_package(tmp_path):
     root = write_package(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["ftlaunch"]
     assert (root / "__init__.py").exists()
-    assert [path for path in root.rglob("*") if "test" in path.name or "__pycache__" in path.name] == []
+    unwanted = ("test_", "tests", "conftest", "__pycache__")
+    assert [path for path in root.rglob("*") if path.name.startswith(unwanted)] == []
 
 
 def test_what_is_shipped_is_what_the_wheel_has():
