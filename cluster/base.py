@@ -1,15 +1,16 @@
 """The seam between a run and where its nodes come from.
 
-A cluster yields the address of a Ray cluster with enough room, and takes down what it started. What runs there is the
-same everywhere.
+There are two kinds. One is joined: it yields the address of a Ray cluster that this process connects to and drives, and
+takes down what it started (`Cluster`). On the other the driver runs too, on a node, so that the run goes on without
+this process (`SubmittedCluster`); there the driver finds itself on a cluster to join. What runs is the same everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,67 @@ class Cluster(Protocol):
 
     def down(self) -> None:
         """Disconnect, and end what `up` started; what was there before stays."""
+        ...
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs of nodes that are elsewhere, besides room."""
+
+    folder: str
+    """Where its relative paths begin."""
+    shared: str | None = None
+    """A folder that all nodes must share; None: the run is in an object store."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Key of the recipe -> file or folder that must be there on every node."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """The variables here, of which `cluster.env` names those that travel."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The program that drives a run on a node: `ENTRY JOB ADDRESS` (see `launcher/drive.py`)."""
+
+    entry: str
+    """`module:function`."""
+    job: Callable[[Demand], Mapping[str, Any]]
+    """What it is told, as JSON, once it is known what the nodes have. There may be secrets in it."""
+
+
+Stop = Literal["save", "now"]
+"""Save after the step at hand and end, or end at once."""
+
+Record = Mapping[str, Any]
+"""Of a submission, as JSON without secrets: with it any machine that reaches the cluster can find it again. `job`, its
+name there; `driver`, where that runs; `cluster`, the section it was submitted to; the rest is the cluster's own. The
+driver keeps it in the run directory."""
+
+
+class SubmittedCluster(Protocol):
+    """One kind of cluster that a run is submitted to. Adding one: as for `Cluster`."""
+
+    def problems(self) -> list[str]:
+        """What the user must mend before this can start, all of it. Raises InfrastructureError if all that is wrong
+        is that machines or networks are down."""
+        ...
+
+    def render(self) -> str:
+        """What would be started or submitted, as text that a person can read."""
+        ...
+
+    def up(self, driver: Driver, code: CodeFolder) -> Record:
+        """Start the driver and what it needs, and let go: from here on the run does without us. Raises UserError or
+        InfrastructureError, and then leaves nothing running."""
+        ...
+
+    def follow(self, write: Callable[[bytes], None]) -> int:
+        """Pass on what the driver prints until it ends; its exit code. Raises InfrastructureError if it was lost."""
+        ...
+
+    def stop(self, how: Stop) -> None:
+        """End the run, and wait until nothing of it is left on any node."""
+        ...
+
+    def down(self) -> None:
+        """Let go of what this process holds. What `up` has not let go of ends, everything else stays."""
         ...

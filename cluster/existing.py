@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipes.errors import InfrastructureError, UserError
-from ..recipes.schema import RayCluster
+from ..recipes.schema_cluster import RayCluster
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import quiet
 

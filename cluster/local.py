@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 
-from ..recipes.schema import LocalCluster
+from ..recipes.schema_cluster import LocalCluster
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import configure, quiet
 

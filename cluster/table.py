@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
-from ..recipes.schema import ClusterConfig
-from .base import Cluster, Demand
+from ..recipes.schema_cluster import ClusterConfig
+from .base import Cluster, Demand, Need, Record, SubmittedCluster
 
 CLUSTERS = {
     "local": "local:Local",
     "ray": "existing:Existing",
 }
+"""Joined by the process that drives."""
+
+SUBMITTED_CLUSTERS = {
+    "ssh": "ssh:Ssh",
+}
+"""Where the driver runs on a node."""
 
 
 def build_cluster(config: ClusterConfig, demand: Demand) -> Cluster:
-    """The cluster that a recipe asks for."""
-    module, _, name = CLUSTERS[config.type].partition(":")
-    cluster: Cluster = getattr(import_module(f".{module}", __package__), name)(config, demand)
+    """The cluster that a recipe asks for, to be joined."""
+    cluster: Cluster = _find(CLUSTERS[config.type])(config, demand)
     return cluster
+
+
+def is_submitted(config: ClusterConfig) -> bool:
+    """Whether runs are submitted there, and driven on a node."""
+    return config.type in SUBMITTED_CLUSTERS
+
+
+def build_submitted(config: ClusterConfig, need: Need) -> SubmittedCluster:
+    """The cluster that a recipe asks for, to be submitted to."""
+    cluster: SubmittedCluster = _find(SUBMITTED_CLUSTERS[config.type])(config, need)
+    return cluster
+
+
+def find_submitted(record: Record) -> SubmittedCluster:
+    """The cluster that a run was submitted to, to follow or to stop it there. Raises UserError and InfrastructureError
+    if it cannot be reached."""
+    cluster: SubmittedCluster = _find(SUBMITTED_CLUSTERS[record["cluster"]["type"]]).find(record)
+    return cluster
+
+
+def _find(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f".{module}", __package__), name)

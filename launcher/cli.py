@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +16,7 @@ from ..recipes.errors import FtlaunchError, UserError
 from ..recipes.problems import Origin, located
 from .arguments import arrange
 from .checkpoint_commands import export
+from .cli_runs import attach, logs, status, stop, verify
 
 if TYPE_CHECKING:
     from ..recipes.load import LoadedRecipe
@@ -76,9 +77,14 @@ def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
         gpus_per_node=place.gpus_per_node,
         cluster=place.cluster,
     )
+    remember(loaded)
+    return loaded
+
+
+def remember(loaded: LoadedRecipe) -> None:
+    """For errors: what must not be in them, and where keys were written."""
     _secrets.extend(loaded.secrets)
     _origins.update(loaded.origins)
-    return loaded
 
 
 @app.default
@@ -90,6 +96,7 @@ def run(
     fresh: bool = False,
     accept_changes: bool = False,
     accept_changed_data: bool = False,
+    detach: bool = False,
 ) -> int:
     """Train. The same recipe under the same name continues the unfinished run.
 
@@ -101,11 +108,14 @@ def run(
         Continue although numbers that shape the training were changed.
     accept_changed_data
         Continue with data files as they are now: changed, gone or new. The epoch begins again.
+    detach
+        Submit the run to its cluster and do not follow it.
     """
     from ..distributed.again import Flags
     from .start import start
 
-    return start(_load(recipe, overrides, place), Flags(fresh, accept_changes, accept_changed_data))
+    flags = Flags(fresh, accept_changes, accept_changed_data)
+    return start(_load(recipe, overrides, place), flags, os.environ, detach=detach)
 
 
 @app.command
@@ -299,37 +309,8 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
     return pull_checkpoint(run, folder, training=training)
 
 
-@app.command
-def verify(run: str, /, *, no_logits: bool = False) -> int:
-    """Read every byte of a checkpoint again, and compare its logits with those that transformers gives.
-
-    Parameters
-    ----------
-    run
-        A run (all its checkpoints), RUN@best, RUN@latest, RUN@STEP, or a checkpoint's folder or URL.
-    no_logits
-        Do not open the model: for one that does not fit into this machine's memory.
-    """
-    from .verify import verify as verify_checkpoints
-
-    return verify_checkpoints(run, logits=not no_logits)
-
-
-@app.command
-def status(run: str, /) -> int:
-    """Show how far a run is.
-
-    Parameters
-    ----------
-    run
-        A run: NAME under ./runs, or a URL.
-    """
-    from .status import show_status
-
-    return show_status(run)
-
-
-app.command(export)
+for command in (verify, status, logs, attach, stop, export):
+    app.command(command)
 
 
 VERBS = (
@@ -345,6 +326,9 @@ VERBS = (
     "verify",
     "export",
     "status",
+    "logs",
+    "attach",
+    "stop",
 )
 
 
@@ -352,8 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 the user can mend it, 2 infrastructure (or a bug),
     130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """What a command returns; what it raises is shown, and becomes an exit code."""
     try:
-        return _dispatch(words)
+        return command()
     except FtlaunchError as error:
         return _fail(located(error, _origins), error.exit_code)
     except CycloptsError as error:

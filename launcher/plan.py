@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..cluster.base import Need
+from ..cluster.table import build_submitted, is_submitted
 from ..distributed import storage
 from ..distributed.data.index import Index
 from ..recipes.formats import require_readable
@@ -67,6 +69,8 @@ class Plan:
     model: ModelLine | Unknown
     checkpoint: tuple[PlannedFile, ...] | Unknown
     saving: SavePlan | Unknown
+    launch: tuple[str, ...]
+    """What is started where, a line each; empty for a cluster that this machine joins."""
     memory: MemoryPlan | Unknown
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
@@ -102,12 +106,19 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         model=then(model, partial(_model_line, recipe)),
         checkpoint=files,
         saving=then(files, lambda all_: then(world, lambda known: plan_saving(recipe, all_, known.nodes, machine))),
+        launch=_launch(recipe),
         memory=then(model, lambda known: then(world, lambda on: plan_memory(recipe, known, on.ranks, on.nodes))),
         warnings=(*loaded.warnings, *_about(world, lambda known: world_warnings(recipe.cluster, known, machine))),
         problems=tuple(_about(world, lambda known: world_problems(recipe.cluster, known, machine))),
     )
     redacted: Plan = map_texts(plan, lambda text: redact(text, loaded.secrets))
     return redacted
+
+
+def _launch(recipe: Recipe) -> tuple[str, ...]:
+    if not is_submitted(recipe.cluster):
+        return ()
+    return tuple(build_submitted(recipe.cluster, Need(folder=".")).render().splitlines())
 
 
 def _duration(

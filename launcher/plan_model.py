@@ -18,7 +18,8 @@ from ..distributed.optimizers.state import BYTES as BYTES_OF_STATE
 from ..distributed.optimizers.state import STATE
 from ..distributed.save_mode import ROOM
 from ..recipes.errors import UserError
-from ..recipes.schema import LocalCluster, Lora, Model, Recipe
+from ..recipes.schema import Lora, Model, Recipe
+from ..recipes.schema_cluster import LocalCluster
 from .hardware import Machine
 from .plan_layout import kept
 from .unknown import Unknown, ask

@@ -98,6 +98,8 @@ def _run_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "directory", plan.run
     yield "world", _world(plan)
     yield "batch", _batch(plan)
+    for line in plan.launch:
+        yield "starts on", line
     duration = plan.duration
     about = "" if duration.exact else "about "
     yield "steps", _number(duration.steps, about)
@@ -115,8 +117,8 @@ def _world(plan: Plan) -> str:
         return str(world)
     ranks = f"{world.ranks} rank" + ("s" if world.ranks > 1 else "")
     nodes = f"{world.nodes} node" + ("s" if world.nodes > 1 else "")
-    there = f"{plan.machine.gpus} GPUs, {plan.machine.cores} cores"
-    return f"{ranks} on {nodes} ({world.ranks_per_node} each), {world.device}; this machine has {there}"
+    here = "" if plan.launch else f"; this machine has {plan.machine.gpus} GPUs, {plan.machine.cores} cores"
+    return f"{ranks} on {nodes} ({world.ranks_per_node} each), {world.device}{here}"
 
 
 def _batch(plan: Plan) -> str:

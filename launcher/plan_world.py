@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..cluster.ssh_hosts import node_count
 from ..distributed.attempt import choose_streams
 from ..distributed.data.share import share_of
-from ..recipes.schema import ClusterConfig, LocalCluster, Recipe
+from ..recipes.schema import Recipe
+from ..recipes.schema_cluster import ClusterConfig, LocalCluster, SshCluster
 from .hardware import Machine
 from .unknown import Unknown
 
@@ -54,16 +56,21 @@ def plan_world(cluster: ClusterConfig, machine: Machine) -> WorldPlan | Unknown:
             if machine.gpus
             else _on_cpu(cluster)
         )
-    return Unknown(f"what each node of the Ray cluster at {cluster.address} offers; give cluster.gpus_per_node")
+    return Unknown(f"what each node of the {cluster.type} cluster has; give cluster.gpus_per_node")
 
 
 def world_of(cluster: ClusterConfig, gpus_per_node: int) -> WorldPlan:
     """One rank per GPU; without GPUs a node is one rank unless the recipe says more."""
-    return WorldPlan(cluster.nodes, gpus_per_node, "cuda") if gpus_per_node else _on_cpu(cluster)
+    return WorldPlan(nodes_of(cluster), gpus_per_node, "cuda") if gpus_per_node else _on_cpu(cluster)
+
+
+def nodes_of(cluster: ClusterConfig) -> int:
+    """How many a cluster section asks for."""
+    return node_count(cluster) if isinstance(cluster, SshCluster) else cluster.nodes
 
 
 def _on_cpu(cluster: ClusterConfig) -> WorldPlan:
-    return WorldPlan(cluster.nodes, cluster.processes_per_node or 1, "cpu")
+    return WorldPlan(nodes_of(cluster), cluster.processes_per_node or 1, "cpu")
 
 
 def world_problems(cluster: ClusterConfig, world: WorldPlan, machine: Machine) -> list[str]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from ..cluster.base import Demand
-from ..cluster.table import build_cluster
+from ..cluster.table import build_cluster, is_submitted
 from ..distributed import storage
 from ..distributed.data.build import build_index
 from ..distributed.data.index import Index
@@ -29,11 +29,13 @@ from ..distributed.row_encoder import RowEncoder, open_encoder, spec_of
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import redact_values
-from ..recipes.schema import LocalCluster, Recipe
+from ..recipes.schema import Recipe
+from ..recipes.schema_cluster import LocalCluster
 from . import units
 from .check_progress import Progress
 from .hardware import this_machine
 from .package import write_package
+from .plan_world import nodes_of
 
 MANIFEST = "prepared.json"
 RECIPE = "recipe.yaml"
@@ -106,7 +108,12 @@ def _cluster(loaded: LoadedRecipe) -> Iterator[None]:
     """Ray, on every core of this machine or where the recipe says; no GPUs are asked for."""
     cores = this_machine().cores
     config = loaded.recipe.cluster
-    nodes = 1 if isinstance(config, LocalCluster) else config.nodes
+    if is_submitted(config):
+        raise UserError(
+            "ftlaunch prepare runs on this machine or on a cluster of type ray: give --cluster, or run it on one of "
+            "the hosts with cluster.type=local"
+        )
+    nodes = 1 if isinstance(config, LocalCluster) else nodes_of(config)
     cluster = build_cluster(config, Demand(nodes=nodes, ranks=cores, uses_gpus=False, cpus_per_rank=1))
     with TemporaryDirectory(prefix="ftlaunch-code-") as folder:
         try:

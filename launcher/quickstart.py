@@ -46,7 +46,7 @@ def run(folder: str | Path, console: Console, environ: Mapping[str, str]) -> int
     prepare(place, console)
     for number, (name, what) in enumerate(TRAINING.items(), start=2):
         say(console, f"{number} of 4: {what} ({name}.yaml)")
-        code = start(load_recipe(place / f"{name}.yaml", environ=environ), Flags())
+        code = start(load_recipe(place / f"{name}.yaml", environ=environ), Flags(), environ)
         if code != 0:
             return code
     say(console, "4 of 4: comparing both models on files that neither has seen")

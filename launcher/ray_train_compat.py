@@ -39,6 +39,9 @@ RANK_IMPORTS = (
 warm_up = threading.Thread(target=import_all, args=(RANK_IMPORTS,), daemon=True)
 """In a rank's process; joined before its program, because transformers does not bear being imported by two threads."""
 
+NODE_LABEL = "ftlaunch-node"
+"""Label of a Ray node: its number in the order of the cluster's nodes, where they have one."""
+
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
@@ -92,6 +95,15 @@ class LeanWorkerGroup(WorkerGroup):  # type: ignore[misc]
         # The variables that would be added are the controller's. With them, no process that Ray has started
         # beforehand fits, and new ones first wait for Ray's agent of runtime environments.
         return dict(custom_runtime_env)
+
+    def _create_workers(self, *arguments: Any, **settings: Any) -> list[Any]:
+        workers: list[Any] = super()._create_workers(*arguments, **settings)
+        places = {node["NodeID"]: node["Labels"].get(NODE_LABEL) for node in ray.nodes()}
+        if None in places.values():
+            return workers
+        # Ray Train ranks nodes as they come; where they have an order, rank 0 is on the first one, with the driver.
+        ordered = sorted(workers, key=lambda worker: int(places[worker.metadata.node_id]))
+        return list(WorkerGroup._assign_worker_ranks(ordered))
 
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, arguments: dict[str, Any]) -> None:
         ray.get(

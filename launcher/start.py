@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
+from ..cluster.table import is_submitted
 from ..distributed import storage
 from ..distributed.again import Decision, Flags, decide, gather
 from ..distributed.checkpoint.commit import latest
@@ -18,7 +21,7 @@ from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe, as_stored
 from ..recipes.redact import dump_recipe, redact
-from ..recipes.schema import LocalCluster
+from ..recipes.schema_cluster import RayCluster
 from .hardware import Machine, this_machine
 from .history import read_record, write_report
 from .plan_world import WorldPlan, plan_world, world_problems, world_warnings
@@ -27,12 +30,41 @@ from .summary import show_summary, summarise
 from .unknown import Unknown
 from .view import make_view
 
+if TYPE_CHECKING:
+    from .supervisor import Nodes
 
-def start(loaded: LoadedRecipe, flags: Flags) -> int:
-    """Run a recipe as "Running it again" has it; returns the exit code. Raises UserError for a refusal."""
+
+def start(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], *, detach: bool = False) -> int:
+    """Run a recipe as "Running it again" has it, from here or where it is submitted to; returns the exit code. Raises
+    UserError for a refusal. `environ`: of which variables may travel."""
     console, machine = Console(), this_machine()
-    world = plan_world(loaded.recipe.cluster, machine)
+    config = loaded.recipe.cluster
+    world = plan_world(config, machine)
     _look_at(console, loaded, world, machine)
+    if is_submitted(config):
+        from .submit import submit
+
+        return submit(loaded, flags, environ, console, detach=detach)
+    if detach:
+        raise UserError(f"--detach: a run on a cluster of type {config.type} lives as long as this command does")
+
+    def find() -> Nodes:
+        from .supervisor import find_nodes
+
+        return find_nodes(config, machine)
+
+    return run_on(find, loaded, flags, console)
+
+
+def run_on(
+    find: Callable[[], Nodes],
+    loaded: LoadedRecipe,
+    flags: Flags,
+    console: Console,
+    *,
+    begun: Callable[[RunDirectory], None] = lambda _run: None,
+) -> int:
+    """Decide, and train on the nodes that `find` finds; `begun` is told of a run that will train."""
     loaded = _renamed(loaded) if flags.fresh else loaded
     run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
     decision = decide(gather(run, lambda line: _say(console, line, "yellow")), as_stored(loaded), flags)
@@ -43,12 +75,13 @@ def start(loaded: LoadedRecipe, flags: Flags) -> int:
         sum_up(run, console)
         return 0
     run.check()
+    begun(run)
     if flags.accept_changed_data and decision.action != "new":
         accept_changed_data(run)
-    if isinstance(loaded.recipe.cluster, LocalCluster):
+    if not isinstance(loaded.recipe.cluster, RayCluster):  # whose nodes may see files that this machine does not
         for note in _preflight(loaded, run):
             _say(console, f"warning: {note}", "yellow")
-    return _train(loaded, run, machine, console)
+    return _train(loaded, run, find, console)
 
 
 def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
@@ -62,12 +95,12 @@ def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
     return index_data(recipe, run, begin=lambda: run.store_recipe(dump_recipe(recipe, loaded.secrets)))
 
 
-def _train(loaded: LoadedRecipe, run: RunDirectory, machine: Machine, console: Console) -> int:
-    from .supervisor import find_demand, supervise
+def _train(loaded: LoadedRecipe, run: RunDirectory, find: Callable[[], Nodes], console: Console) -> int:
+    from .supervisor import supervise
 
-    demand = find_demand(loaded.recipe.cluster, machine)
+    nodes = find()
     with make_view(console) as view:
-        ending = supervise(loaded, demand, view)
+        ending = supervise(loaded, nodes, view)
     if ending.outcome == "failed" and (attempts := run.attempts()):
         # Rank 0 may have been ended before it could say so; if it has, its word stays.
         run.finish_attempt(attempts[-1].number, "failed", ending.message)

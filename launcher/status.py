@@ -8,6 +8,7 @@ from ..distributed.checkpoint.commit import list_commits
 from ..distributed.run_directory import RunDirectory
 from .history import read_record
 from .runs import find_run
+from .submissions import latest
 from .view import losses_line, step_line
 
 
@@ -20,8 +21,10 @@ def show_status(text: str) -> int:
 
 def status_lines(run: RunDirectory) -> list[str]:
     """The lines that describe a run."""
-    record = read_record(run)
+    record, submission = read_record(run), latest(run)
     lines = [f"{run.url}: {_state(run)}"]
+    if submission:
+        lines.append(f"submitted as job {submission.record['job']}, driven on {submission.record['driver']}")
     if record.steps:
         lines.append(step_line(record.steps[-1], None))
     if record.evaluations:

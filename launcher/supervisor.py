@@ -20,7 +20,7 @@ from ..cluster.base import Cluster, Demand
 from ..cluster.table import build_cluster
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
-from ..recipes.schema import ClusterConfig, RayCluster
+from ..recipes.schema_cluster import ClusterConfig, RayCluster
 from .control import Control, Ending
 from .hardware import Machine
 from .imports import import_all
@@ -71,16 +71,29 @@ def _demand(world: WorldPlan, cpus_per_rank: int) -> Demand:
     )
 
 
-def supervise(loaded: LoadedRecipe, wanted: Demand, view: View) -> Ending:
+@dataclass(frozen=True)
+class Nodes:
+    """What a run asks for, and the cluster that has it."""
+
+    demand: Demand
+    cluster: Cluster
+
+
+def find_nodes(config: ClusterConfig, machine: Machine) -> Nodes:
+    """Those that a recipe asks for, to be joined from here. Raises as `find_demand` does."""
+    demand = find_demand(config, machine)
+    return Nodes(demand, build_cluster(config, demand))
+
+
+def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
     """Train; returns how it ended. Raises UserError and InfrastructureError for what never started."""
-    cluster = build_cluster(loaded.recipe.cluster, wanted)
-    if problems := cluster.problems():
+    if problems := nodes.cluster.problems():
         raise UserError("\n".join(problems))
     view.update({"kind": "phase", "phase": "starting Ray"})
     # While Ray's processes come up, this one has nothing to do but wait.
     threading.Thread(target=import_all, args=(TRAINER_IMPORTS,), daemon=True).start()
-    with _up(cluster):
-        return _Training(loaded, wanted, view).run()
+    with _up(nodes.cluster):
+        return _Training(loaded, nodes.demand, view).run()
 
 
 @contextlib.contextmanager

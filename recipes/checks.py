@@ -16,6 +16,7 @@ from .formats import READ_BY
 from .naming import best_metric, eval_names, source_names
 from .problems import Problem
 from .schema import EvalSplit, Lora, Recipe, Source, Train
+from .schema_cluster import SshCluster
 from .schema_strategy import Deepspeed
 
 _LOW_ADAPTER_RATE = 5e-5
@@ -266,7 +267,21 @@ def adapters_under_deepspeed(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("adapter.type", "a base in 4 bits is not laid out by DeepSpeed", remedy)
 
 
+def hosts_in_one_place(recipe: Recipe) -> Iterator[Problem]:
+    """An ssh cluster's hosts are listed in the recipe, or in a file; each once."""
+    cluster = recipe.cluster
+    if not isinstance(cluster, SshCluster):
+        return
+    if bool(cluster.hosts) == (cluster.hostfile is not None):
+        message = "given along with hostfile" if cluster.hosts else "missing: which hosts to run on"
+        yield Problem("cluster.hosts", message, "list the hosts, or name a file with cluster.hostfile")
+    for host in dict.fromkeys(cluster.hosts):
+        if cluster.hosts.count(host) > 1:
+            yield Problem("cluster.hosts", f"{host} is named more than once", "name each host once")
+
+
 CHECKS: tuple[Check, ...] = (
+    Check(hosts_in_one_place, ("cluster",)),
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
     Check(source_epochs, ("data", "train")),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .schema_cluster import ClusterConfig, LocalCluster
 from .schema_strategy import Fsdp, StrategyConfig
 from .section import Fraction, NonNegativeInt, PositiveInt, Section
 
@@ -311,35 +312,8 @@ class Track(Section):
     """Send metrics to Weights & Biases."""
 
 
-class LocalCluster(Section):
-    """Ray on this machine, started for the run."""
-
-    type: Literal["local"] = "local"
-    nodes: PositiveInt = 1
-    """Logical nodes. More than one on a machine is for trying things out."""
-    gpus_per_node: NonNegativeInt | None = None
-    """GPUs per node, one rank each; None: all there are, divided among the nodes."""
-    processes_per_node: PositiveInt | None = None
-    """Ranks per node where there are no GPUs; None: 1."""
-
-
-class RayCluster(Section):
-    """A Ray cluster that is already running."""
-
-    type: Literal["ray"] = "ray"
-    address: str = "auto"
-    """`auto` (found on this machine), or HOST:PORT of the head."""
-    nodes: PositiveInt = 1
-    """Nodes to use."""
-    gpus_per_node: NonNegativeInt | None = None
-    """GPUs per node, one rank each; None: what each node of the cluster offers."""
-    processes_per_node: PositiveInt | None = None
-    """Ranks per node where there are no GPUs; None: 1."""
-
-
 MethodConfig = Annotated[Sft | Cpt, Field(discriminator="type")]
 AdapterConfig = Lora
-ClusterConfig = Annotated[LocalCluster | RayCluster, Field(discriminator="type")]
 
 
 class Recipe(Section):

@@ -11,6 +11,8 @@ ALLOWED = {
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
     "distributed/strategies/deepspeed_compat.py": "DeepSpeed takes its device from a variable only; it is written",
     "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",
+    "cluster/host_agent.py": "a host's end of SSH: what it starts has the login's environment; the temporary folder",
+    "cluster/host_keeper.py": "what it starts has its own environment, and the job's",
     "recipes/load.py": "resolves ${VAR} in a recipe",
 }
 NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

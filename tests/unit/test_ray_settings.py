@@ -9,7 +9,7 @@ PROGRAM = """
 import os, sys
 from ftlaunch.cluster.base import Demand
 from ftlaunch.cluster.table import build_cluster
-from ftlaunch.recipes.schema import LocalCluster
+from ftlaunch.recipes.schema_cluster import LocalCluster
 
 build_cluster(LocalCluster(), Demand(nodes=1, ranks=1, uses_gpus=False, cpus_per_rank=1))
 print("ray" in sys.modules, os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"]))

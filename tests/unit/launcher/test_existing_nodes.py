@@ -11,7 +11,7 @@ from ftlaunch.cluster import existing
 from ftlaunch.launcher.hardware import Machine
 from ftlaunch.launcher.supervisor import find_demand
 from ftlaunch.recipes.errors import UserError
-from ftlaunch.recipes.schema import RayCluster
+from ftlaunch.recipes.schema_cluster import RayCluster
 
 HEAD = {"CPU": 8.0}
 BARE_HEAD = {"memory": 1e9}

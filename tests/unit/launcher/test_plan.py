@@ -17,7 +17,8 @@ from ftlaunch.launcher.plan_model import PlannedFile, SavePlan, from_headers, pl
 from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from ftlaunch.launcher.unknown import Unknown
 from ftlaunch.recipes.errors import UserError
-from ftlaunch.recipes.schema import LocalCluster, RayCluster, Recipe
+from ftlaunch.recipes.schema import Recipe
+from ftlaunch.recipes.schema_cluster import LocalCluster, RayCluster
 
 from .conftest import CONFIG, HIDDEN, INNER, LAYERS, VOCABULARY
 

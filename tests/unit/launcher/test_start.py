@@ -32,10 +32,10 @@ class Supervisor:
         self.seen: list[tuple[str, int]] = []
         self.ending = Ending("finished")
 
-    def __call__(self, loaded: LoadedRecipe, wanted: object, view: object) -> Ending:
+    def __call__(self, loaded: LoadedRecipe, nodes: object, view: object) -> Ending:
         recipe = loaded.recipe
         run = RunDirectory(f"{recipe.checkpoint.path}/{recipe.name}")
-        self.seen.append((recipe.name, wanted.ranks))
+        self.seen.append((recipe.name, nodes.demand.ranks))
         number = run.claim_attempt(world_size=1, command=())
         run.replace_recipe(dump_recipe(recipe, loaded.secrets), number)
         (Path(run.url) / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [STEP, *EVALUATIONS]))

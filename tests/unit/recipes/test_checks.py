@@ -281,6 +281,19 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"data": {"train": [A], "eval": [{**REMOTE, "storage_options": {"anon": True}}]}},
         ),
     ],
+    "hosts_in_one_place": [
+        ({"cluster": {"type": "ssh"}}, "cluster.hosts", {"cluster": {"type": "ssh", "hosts": ["a", "b"]}}),
+        (
+            {"cluster": {"type": "ssh", "hosts": ["a"], "hostfile": "hosts"}},
+            "cluster.hosts",
+            {"cluster": {"type": "ssh", "hostfile": "hosts"}},
+        ),
+        (
+            {"cluster": {"type": "ssh", "hosts": ["a", "b", "a"]}},
+            "cluster.hosts",
+            {"cluster": {"type": "ray"}},
+        ),
+    ],
     "no_credentials_in_urls": [
         ({"model": {"path": "https://u:p@host/m"}}, "model.path", {"model": {"path": "https://host/m"}}),
         (

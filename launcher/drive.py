@@ -1,0 +1,67 @@
+"""The driver of a submitted run, on a node of its cluster: what `ftlaunch recipe.yaml` does on one machine, with Ray
+there already. `python .../drive driver.json ADDRESS`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..cluster.base import Demand
+from ..cluster.joined import Joined
+from ..distributed.again import Flags
+from ..distributed.run_directory import RunDirectory
+from . import submissions
+from .cli import guarded, remember
+from .handover import unpack
+from .start import run_on
+from .supervisor import Nodes
+
+LOG = "driver.log"
+"""Where whoever started this has sent its output, beside the file with what it is told."""
+
+
+def main() -> int:
+    """Drive; returns the exit code of the run, as the command line would."""
+    file, address = Path(sys.argv[1]), sys.argv[2]
+    driven = Driven(file.with_name(LOG), json.loads(file.read_text()))
+    code = guarded(lambda: driven.run(address))
+    driven.close(code)
+    return code
+
+
+@dataclass
+class Driven:
+    """One submitted run. `job` is what `submit.job_of` made, with the cluster's record."""
+
+    log: Path
+    job: Mapping[str, Any]
+    _run: RunDirectory | None = None
+    _name: str = ""
+    _copy: submissions.LogCopy | None = None
+
+    def run(self, address: str) -> int:
+        """Decide and train, as `start` does."""
+        loaded = unpack(self.job["loaded"])
+        remember(loaded)
+        sys.argv = list(self.job["command"])  # what the run directory says it was started with
+        demand = Demand(**self.job["demand"])
+        nodes = Nodes(demand, Joined(address, demand))
+        console = Console(width=self.job["columns"])
+        return run_on(lambda: nodes, loaded, Flags(**self.job["flags"]), console, begun=self._begin)
+
+    def _begin(self, run: RunDirectory) -> None:
+        """The run will train, so its directory is to know where."""
+        self._run, self._name = run, submissions.register(run, self.job["record"])
+        self._copy = submissions.LogCopy(run, self._name, self.log)
+
+    def close(self, code: int) -> None:
+        """Write down how it ended."""
+        if self._copy and self._run:
+            self._copy.close()
+            submissions.finish(self._run, self._name, code)

@@ -1,0 +1,66 @@
+"""What is handed to a driver elsewhere, and what a run directory knows of it afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import recipe_for, write_recipe
+
+from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.launcher import cli, submissions
+from ftlaunch.launcher.handover import pack, unpack
+from ftlaunch.launcher.plan import default_keys
+from ftlaunch.launcher.submit import need_of
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.load import load_recipe
+
+
+def loaded(tmp_path: Path, **changes: object):
+    (tmp_path / "model").mkdir()  # only its name is looked at
+    path = write_recipe(tmp_path / "r.yaml", recipe_for(tmp_path, **changes))
+    return load_recipe(path, ["track.wandb.project=${API_KEY}"], environ={"API_KEY": "k3y"})
+
+
+def test_a_recipe_survives_the_way(tmp_path):
+    before = loaded(tmp_path, cluster={"type": "ssh", "hosts": ["a"], "env": ["A_*"]})
+    after = unpack(json.loads(json.dumps(pack(before))))
+    assert after == before
+    assert list(default_keys(after.recipe)) == list(default_keys(before.recipe))
+    assert after.secrets == ("k3y",)
+
+
+def test_what_nodes_must_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = loaded(tmp_path, checkpoint={"path": "./runs"}, model={"tokenizer": "org/name"}).recipe
+    need = need_of(recipe, {"A": "b"})
+    assert need.shared == str(tmp_path / "runs")
+    assert set(need.paths) == {"model.path", "data.train.0.path", "data.train.1.path", "data.eval.0.path"}
+    assert need.paths["model.path"] == str(tmp_path / "model")
+    elsewhere = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": "s3://a/runs"})})
+    assert need_of(elsewhere, {}).shared is None
+
+
+def test_submissions_of_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(str(tmp_path / "runs" / "bot"))
+    run.store_recipe("name: bot\n")
+    with pytest.raises(UserError, match="was not submitted to a cluster"):
+        submissions.newest(run)
+    assert cli.main(["logs", "bot"]) == 1
+    log = tmp_path / "driver.log"
+    log.write_text("one\n")
+    first = submissions.register(run, {"job": "ffff", "cluster": {"type": "ssh"}})
+    submissions.finish(run, first, 1)
+    second = submissions.register(run, {"job": "0000", "cluster": {"type": "ssh"}})
+    assert submissions.newest(run) == submissions.Submission(second, {"job": "0000", "cluster": {"type": "ssh"}}, None)
+    copy = submissions.LogCopy(run, second, log)
+    log.write_text("one\ntwo\n")
+    copy.close()
+    submissions.finish(run, second, 130)
+    assert submissions.newest(run).exit_code == 130
+    capsys.readouterr()
+    assert cli.main(["logs", "-f", "bot"]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert cli.main(["attach", "bot"]) == 130
