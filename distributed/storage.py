@@ -12,6 +12,7 @@ from __future__ import annotations
 from .storage_in_place import RangeFile, make_file
 from .storage_list import exists, info, is_folder, list_files, list_names
 from .storage_log import REWRITE_EVERY_S, LineLog, complete_lines
+from .storage_parts import PartMark, PartUploads, part_bytes, takes_parts
 from .storage_place import NO_OPTIONS, FileInfo, filesystem, is_local, join, local_path, options_text
 from .storage_read import read_bytes, read_file, read_range
 from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
@@ -34,6 +35,8 @@ __all__ = [
     "WRITE_BLOCK_BYTES",
     "FileInfo",
     "LineLog",
+    "PartMark",
+    "PartUploads",
     "RangeFile",
     "RetryPolicy",
     "ShortReadError",
@@ -54,11 +57,13 @@ __all__ = [
     "make_file",
     "open_write",
     "options_text",
+    "part_bytes",
     "read_bytes",
     "read_file",
     "read_range",
     "request_counts",
     "retrying",
     "sync_folder",
+    "takes_parts",
     "write_bytes",
 ]

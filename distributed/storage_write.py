@@ -148,8 +148,9 @@ def delete_tree(url: str, retry: RetryPolicy = RETRY) -> None:
 
 
 @contextlib.contextmanager
-def open_write(url: str) -> Iterator[IO[bytes]]:
-    """Stream a file out; it appears whole when the block ends, and not at all when the block raises."""
+def open_write(url: str, block_bytes: int = WRITE_BLOCK_BYTES) -> Iterator[IO[bytes]]:
+    """Stream a file out; it appears whole when the block ends, and not at all when the block raises. An object store's
+    client collects `block_bytes` before it sends them."""
     try:
         if is_local(url):
             path = local_path(url)
@@ -162,7 +163,7 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
             _sync(path.parent)
             return
         fs, remote = filesystem(url, uploads=True)
-        handle = fs.open(remote, "wb", block_size=WRITE_BLOCK_BYTES, autocommit=False)
+        handle = fs.open(remote, "wb", block_size=block_bytes, autocommit=False)
         try:
             yield handle
             handle.close()

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from .fragments import TensorSpec
-from .layout import DTYPES, FileSet, num_elements
+from .layout import DTYPES, num_elements
 
 Range = tuple[int, int]
 Ranges = tuple[Range, ...]
@@ -29,18 +29,18 @@ class Segment(NamedTuple):
     rank: int
 
 
-def cover(held: Sequence[Ranges], numel: int, owner: int) -> list[Segment]:
-    """Choose one rank for each element, ascending: the owner itself where it can, then the next ranks after it, so
-    that replicas of different owners share the work. Raises ValueError for elements that nobody holds."""
-    gaps: list[Range] = [(0, numel)] if numel else []
+def cover(held: Sequence[Ranges], start: int, stop: int, writer: int) -> list[Segment]:
+    """Choose one rank for each element of [start, stop), ascending: the writer itself where it can, then the next ranks
+    after it, so that replicas of different writers share the work. Raises ValueError for elements that nobody holds."""
+    gaps: list[Range] = [(start, stop)] if start < stop else []
     segments: list[Segment] = []
     for step in range(len(held)):
         if not gaps:
             break
-        rank = (owner + step) % len(held)
+        rank = (writer + step) % len(held)
         if held[rank]:
             taken = [piece for gap in gaps for piece in intersect(held[rank], *gap)]
-            segments.extend(Segment(start, stop, rank) for start, stop in taken)
+            segments.extend(Segment(low, high, rank) for low, high in taken)
             gaps = [rest for gap in gaps for rest in _without(gap, taken)]
     if gaps:
         raise ValueError(f"no rank holds elements {gaps[0][0]} to {gaps[0][1]}")
@@ -113,13 +113,3 @@ def clip(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
             break
         clipped.append(Segment(max(low, start), min(high, stop), rank))
     return clipped
-
-
-def deal_owners(files: FileSet, size: int) -> dict[str, int]:
-    """File name -> the rank that writes it: each file in turn goes to the rank with the fewest bytes so far."""
-    load = [0] * size
-    owners = {}
-    for file in files.files:
-        owners[file.name] = rank = load.index(min(load))
-        load[rank] += file.size
-    return owners

@@ -1,27 +1,23 @@
 """Write one part of a checkpoint when all ranks are on one host and see the same local folder: each writes its ranges
 into files that have their full size already. No byte passes between ranks.
-
-Spans are those that a single writer would have: where ranks share one, their checksums are combined.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
 from .. import storage
-from .crc import combine_crc32
 from .exchange import chunks, intersect
-from .layout import DTYPES, StoredFile
-from .manifest import FileRecord, Span
-from .parts import Held, PartPlan, Source, as_planned
+from .layout import StoredFile
+from .manifest import FileRecord
+from .parts import Held, Part, PartPlan, as_planned
 from .peers import Peers
+from .spans import Piece, records_of
 
 THREADS = 2
 """One writes while the other computes a checksum; more would take cores from the other ranks."""
@@ -33,18 +29,15 @@ OPEN_FILES = 64
 """Files held open; tensors next to each other go to a few files in turn."""
 
 
-class Piece(NamedTuple):
-    """Bytes [offset, offset + length) of a file that one rank has written."""
-
-    file: str
-    offset: int
-    length: int
-    crc32: int
+def save_in_place(parts: Sequence[Part], peers: Peers) -> dict[str, list[FileRecord]]:
+    """Write the parts' files into local folders; collective. Returns the records of the files that this rank has made,
+    by stem. If any rank fails, all ranks raise: the failing one its own error, the others UserError or
+    InfrastructureError."""
+    return {part.plan.files.stem: _save_part(part, peers) for part in parts}
 
 
-def save_part_in_place(source: Source, directory: str, plan: PartPlan, peers: Peers) -> list[FileRecord]:
-    """Write the part's files into the local folder `directory`; collective. Returns the records of the files that this
-    rank has made. If any rank fails, all ranks raise, as in `writer.save_part`."""
+def _save_part(part: Part, peers: Peers) -> list[FileRecord]:
+    plan, directory = part.plan, part.directory
     owned = plan.owned()
     with peers.together(f"making room for {plan.files.stem}"):
         for file in owned:
@@ -53,11 +46,11 @@ def save_part_in_place(source: Source, directory: str, plan: PartPlan, peers: Pe
         with _Ranges(directory) as ranges:
             for file in owned:
                 ranges.write(file, 0, torch.frombuffer(bytearray(file.header), dtype=torch.uint8))
-            for position, fragment in enumerate(as_planned(source, plan)):
+            for position, fragment in enumerate(as_planned(part.source, plan)):
                 _write_tensor(Held(fragment), position, plan, ranges)
         if owned:
             storage.sync_folder(directory)
-    pieces = [piece for part in peers.gather(ranges.pieces) for piece in part]
+    pieces = [piece for ranks in peers.gather(ranges.pieces) for piece in ranks]
     return list(records_of(owned, pieces, plan.chunk_bytes))
 
 
@@ -113,33 +106,3 @@ class _Ranges:
 def _put(target: storage.RangeFile, file: str, offset: int, data: memoryview) -> Piece:
     target.write(offset, data)
     return Piece(file, offset, len(data), zlib.crc32(data))
-
-
-# --- spans ----------------------------------------------------------------------------------------------------------
-
-
-def records_of(files: Iterable[StoredFile], pieces: Iterable[Piece], chunk_bytes: int) -> Iterator[FileRecord]:
-    """The records of these files, from what all ranks have written of them."""
-    by_file = {name: list(group) for name, group in groupby(sorted(pieces), key=lambda piece: piece.file)}
-    for file in files:
-        yield FileRecord(file.name, file.size, tuple(_spans(file, by_file.get(file.name, []), chunk_bytes)))
-
-
-def _spans(file: StoredFile, pieces: Iterable[Piece], chunk_bytes: int) -> Iterator[Span]:
-    """The header is one span, and so is each chunk of a tensor, whoever wrote it."""
-    waiting = deque(pieces)
-    for start, stop in _bounds(file, chunk_bytes):
-        crc32, end = 0, start
-        while end < stop:
-            piece = waiting.popleft()
-            assert piece.offset == end, f"{file.name}: {piece} was written, bytes from {end} on were not"
-            crc32, end = combine_crc32(crc32, piece.crc32, piece.length), end + piece.length
-        yield Span(start, stop - start, crc32)
-
-
-def _bounds(file: StoredFile, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    yield 0, len(file.header)
-    for tensor in file.tensors:
-        size = DTYPES[tensor.spec.dtype].itemsize
-        for start, stop in chunks(tensor.spec, chunk_bytes):
-            yield tensor.start + start * size, tensor.start + stop * size

@@ -9,9 +9,10 @@ from itertools import accumulate
 
 import torch
 
-from .exchange import CHUNK_BYTES, Ranges, Segment, cover, deal, deal_owners
+from .dealing import Cut, Dealer, by_file
+from .exchange import CHUNK_BYTES, Ranges, Segment
 from .fragments import Fragment, TensorSpec
-from .layout import DTYPES, MAX_FILE_BYTES, FileSet, StoredFile, num_elements, plan_files
+from .layout import DTYPES, MAX_FILE_BYTES, FileSet, StoredFile, plan_files
 from .peers import Peers
 
 Source = Callable[[], Iterable[Fragment]]
@@ -21,14 +22,14 @@ walk. A fragment's memory must stay as it is until the save is over."""
 
 @dataclass(frozen=True)
 class PartPlan:
-    """What does not change between the saves of a run: the files, who writes them, and who supplies what.
+    """What does not change between the saves of a run: the files, who writes what of them, and who supplies it.
 
-    `specs` in the source's order; `held[i]` are the ranges of `specs[i]` that this rank's source yields, and
-    `segments[i]` tile it with the ranks that supply it.
+    `cuts` by file name; the writer of a file's first byte makes the file. `specs` in the source's order; `held[i]` are
+    the ranges of `specs[i]` that this rank's source yields, and `segments[i]` tile it with the ranks that supply it.
     """
 
     files: FileSet
-    owners: dict[str, int]
+    cuts: dict[str, Cut]
     specs: tuple[TensorSpec, ...]
     held: tuple[Ranges, ...]
     segments: tuple[tuple[Segment, ...], ...]
@@ -41,7 +42,7 @@ class PartPlan:
 
     def owned(self) -> list[StoredFile]:
         """Files that this rank makes."""
-        return [f for f in self.files.files if self.owners[f.name] == self.rank and f.name not in self.linked]
+        return [f for f in self.files.files if self.cuts[f.name].writer(0) == self.rank and f.name not in self.linked]
 
     def frozen_files(self) -> list[str]:
         """Names of files in which nothing ever changes."""
@@ -74,10 +75,11 @@ def plan_part(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     frozen: Collection[str] = (),
-    in_place: bool = False,
+    deal: Dealer = by_file,
+    load: list[int] | None = None,
 ) -> PartPlan:
-    """Walk the source once for names and ranges, and tell them to each other; collective. What several ranks hold is
-    supplied by the owner of its file where it can, or with `in_place`, where owners have no say, dealt by bytes.
+    """Walk the source once for names and ranges, and tell them to each other; collective. `load`: bytes that each rank
+    writes of other parts, which is added to.
 
     Raises ValueError on every rank if the ranks name different tensors or leave elements out.
     """
@@ -89,17 +91,17 @@ def plan_part(
         raise ValueError(f"the ranks do not yield the same tensors of {stem} in the same order")
     held = tuple(ranges for _, ranges in everyone)
     files = plan_files(specs, stem=stem, max_file_bytes=max_file_bytes, frozen=frozen)
-    owners = deal_owners(files, peers.size)
-    segments, load = [], [0] * peers.size
-    for position, spec in enumerate(specs):
-        owner = owners[files.places[spec.name][0].name]
-        holders = [ranges[position] for ranges in held]
-        try:
-            dealt = deal(holders, spec, load) if in_place else cover(holders, num_elements(spec), owner)
-            segments.append(tuple(dealt))
-        except ValueError as error:
-            raise ValueError(f"{stem}, tensor {spec.name}: {error}") from error
-    return PartPlan(files, owners, specs, held[peers.rank], tuple(segments), peers.rank, frozenset(frozen))
+    dealt = deal(files, specs, held, [0] * peers.size if load is None else load)
+    return PartPlan(files, dealt.cuts, specs, held[peers.rank], dealt.segments, peers.rank, frozenset(frozen))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is to be saved of one part: its `source`, into the files of its `plan`, in the folder `directory`."""
+
+    source: Source
+    directory: str
+    plan: PartPlan
 
 
 class Held:
@@ -119,6 +121,10 @@ class Held:
             if low <= start and stop <= high:
                 return self._values[begin + start - low : begin + stop - low]
         raise ValueError(f"elements {start} to {stop} of {self.spec.name} are not in this fragment")
+
+    def copy(self, start: int, stop: int, target: torch.Tensor) -> None:
+        """The bytes of elements [start, stop) into `target`, in their dtype."""
+        target.view(self._dtype).copy_(self.values(start, stop))
 
     def view(self, start: int, stop: int) -> torch.Tensor:
         """The bytes of elements [start, stop); no copy of what lies on the host in the right dtype."""

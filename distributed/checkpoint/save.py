@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import NamedTuple
 
 from ...recipes.errors import FtlaunchError, InfrastructureError
 from .. import storage
 from .commit import CommitRecord, commit, commit_url, directory_name, directory_problem, read_commit
 from .content import Content
-from .in_place import save_part_in_place
+from .dealing import Dealer, by_block, by_file, by_holder
+from .in_place import save_in_place
 from .layout import MAX_FILE_BYTES
 from .manifest import MANIFEST_NAME, STATE_PATH, TRAINING, FileRecord, Manifest, record_bytes
-from .parts import PartPlan, plan_part
+from .parts import Part, PartPlan, plan_part
 from .peers import Peers
+from .streams import save_streamed
 from .unchanged import Unchanged
+from .uploads import save_uploaded
 from .verify import SAMPLE_BYTES, sample_problems, size_problems
-from .writer import save_part
 
 ROOT_STEMS = frozenset({"model", "adapter_model"})
 """Parts that `from_pretrained` reads; all others lie in training/."""
@@ -33,6 +37,13 @@ def folder_of(directory: str, stem: str) -> str:
 def path_of(stem: str, name: str) -> str:
     """The path of a part's file within a checkpoint's directory."""
     return name if stem in ROOT_STEMS else TRAINING + name
+
+
+class _Way(NamedTuple):
+    """How files are written: which rank writes what, and by what means."""
+
+    deal: Dealer
+    save: Callable[[Sequence[Part], Peers], dict[str, list[FileRecord]]]
 
 
 @dataclass
@@ -52,11 +63,15 @@ class CheckpointWriter:
     in_place: bool = False
     """All ranks share a local folder on one host, see `shared.share_local_folder`."""
     _plans: dict[str, PartPlan] = field(default_factory=dict)
+    _load: list[int] = field(default_factory=list)
     _unchanged: Unchanged = field(default_factory=Unchanged)
+    _chosen: _Way | None = None
 
     def plan(self, content: Content) -> Mapping[str, PartPlan]:
         """What each part looks like, found out once. `save` does it where it was not done; a copy of the content needs
         it before."""
+        deal = self._way().deal
+        self._load = self._load or [0] * self.peers.size
         for stem, source in content.parts.items():
             if stem not in self._plans:
                 self._plans[stem] = plan_part(
@@ -65,9 +80,24 @@ class CheckpointWriter:
                     self.peers,
                     max_file_bytes=self.max_file_bytes,
                     frozen=content.frozen,
-                    in_place=self.in_place,
+                    deal=deal,
+                    load=self._load,
                 )
         return self._plans
+
+    def _way(self) -> _Way:
+        """By what the place can do; found out once."""
+        if self._chosen is None:
+            with self.peers.together("opening the store"):
+                if self.in_place:
+                    self._chosen = _Way(by_holder, save_in_place)
+                elif storage.takes_parts(self.run_url):
+                    uploads = storage.PartUploads(self.run_url)
+                    self._chosen = _Way(by_block, partial(save_uploaded, uploads=uploads))
+                else:
+                    self._chosen = _Way(by_file, save_streamed)
+        assert self._chosen is not None
+        return self._chosen
 
     def save(self, step: int, content: Content) -> CommitRecord:
         """Write, verify and commit the checkpoint of `step`; returns the record that counts.
@@ -96,7 +126,7 @@ class CheckpointWriter:
 
     def _write(self, directory: str, step: int, content: Content) -> Manifest:
         linked = self._link_unchanged(directory)
-        records = [record for stem in content.parts for record in self._save_part(directory, stem, content, linked)]
+        records = self._save_parts(directory, content, linked)
         records += self._save_small_files(directory, content)
         records += linked.values() if self.peers.rank == 0 else ()
         everyone = self.peers.gather(records)
@@ -149,12 +179,17 @@ class CheckpointWriter:
         self.announce("checkpoint_replaced", step=step, directory=existing.directory, problem=problem)
         return None
 
-    def _save_part(self, directory: str, stem: str, content: Content, linked: Collection[str]) -> list[FileRecord]:
+    def _save_parts(self, directory: str, content: Content, linked: Collection[str]) -> list[FileRecord]:
+        parts = [
+            Part(source, folder_of(directory, stem), self._plan_now(stem, content, linked))
+            for stem, source in content.parts.items()
+        ]
+        records = self._way().save(parts, self.peers)
+        return [replace(one, path=path_of(stem, one.path)) for stem, ones in records.items() for one in ones]
+
+    def _plan_now(self, stem: str, content: Content, linked: Collection[str]) -> PartPlan:
         plan = self._plans[stem].of_copies() if content.copied else self._plans[stem]
-        plan = replace(plan, linked=frozenset(f.name for f in plan.files.files if path_of(stem, f.name) in linked))
-        save = save_part_in_place if self.in_place else save_part
-        records = save(content.parts[stem], folder_of(directory, stem), plan, self.peers)
-        return [replace(record, path=path_of(stem, record.path)) for record in records]
+        return replace(plan, linked=frozenset(f.name for f in plan.files.files if path_of(stem, f.name) in linked))
 
     def _save_small_files(self, directory: str, content: Content) -> list[FileRecord]:
         """Indexes, state and extra files, from rank 0."""

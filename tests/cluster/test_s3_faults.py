@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import zlib
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -192,6 +193,21 @@ def test_files_are_written_whole_whatever_happens_on_the_way(s3):
         file.write(data)
     assert [storage.read_bytes(f"s3://acme/written/{n}") for n in range(16)] == [b"%d" % n for n in range(16)]
     assert storage.read_bytes("s3://acme/written/long") == data
+    assert s3.counts.total() > s3.counts["untouched"]
+
+
+def test_files_in_parts_are_whole_whatever_happens_on_the_way(s3):
+    s3.applies = lambda method, path: method in ("PUT", "POST")
+    s3.rates = {"reset": 0.15, "slow_down": 0.15, "error": 0.15, "cut": 0.1}
+    uploads = storage.PartUploads("s3://acme")
+    size = storage.part_bytes(0)
+    for number in range(4):
+        url, data = f"s3://acme/written/parts-{number}", bytes([number]) * (2 * size + number)
+        upload = uploads.begin(url)
+        blocks = [data[start : start + size] for start in range(0, len(data), size)]
+        marks = [uploads.send(url, upload, i, block, zlib.crc32(block)) for i, block in enumerate(blocks, 1)]
+        uploads.finish(url, upload, marks, len(data))
+        assert storage.read_bytes(url) == data
     assert s3.counts.total() > s3.counts["untouched"]
 
 

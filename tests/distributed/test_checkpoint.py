@@ -240,10 +240,10 @@ def save_with_a_full_disk_on_rank_1(rank, size, run):
     if rank == 1:
         open_write = storage.open_write
 
-        def full(url):
+        def full(url, **options):
             if "exp_avg" in url:
                 raise OSError(28, "No space left on device")
-            return open_write(url)
+            return open_write(url, **options)
 
         storage.open_write = full
     try:
@@ -256,5 +256,5 @@ def test_a_disk_that_is_full_for_one_rank_is_told_to_all(tmp_path):
     outcomes = run_distributed(save_with_a_full_disk_on_rank_1, 3, tmp_path)
     assert [kind for kind, _ in outcomes] == ["InfrastructureError", "OSError", "InfrastructureError"]
     assert all("No space left" in message for _, message in outcomes)
-    assert outcomes[0][1].startswith("rank 1 failed writing exp_avg")
+    assert outcomes[0][1].startswith("rank 1 failed writing model, exp_avg")
     assert list_commits(str(tmp_path), pytest.fail) == []

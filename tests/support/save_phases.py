@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
+from ftlaunch.distributed.checkpoint.content import Content
+from ftlaunch.distributed.checkpoint.fragments import Fragment
+from ftlaunch.distributed.checkpoint.parts import Source
 from ftlaunch.distributed.checkpoint.peers import Peers, Transfer
 from ftlaunch.distributed.checkpoint.save import ROOT_STEMS, CheckpointWriter
 from ftlaunch.distributed.checkpoint.staging import Staging
@@ -127,17 +130,25 @@ def _mark_ends(marks: Marks, rank: int) -> None:
 
 
 def _mark_parts(marks: Marks, rank: int, copy_s: float) -> None:
-    save_part, copy_part = CheckpointWriter._save_part, Staging._copy_part
+    save_parts, copy_part = CheckpointWriter._save_parts, Staging._copy_part
 
-    def saving(self: CheckpointWriter, directory: str, stem: str, *args: Any) -> Any:
-        marks.enter(rank, "weights" if stem in ROOT_STEMS else "training state")
-        return save_part(self, directory, stem, *args)
+    def saving(self: CheckpointWriter, directory: str, content: Content, *args: Any) -> Any:
+        phases = {stem: "weights" if stem in ROOT_STEMS else "training state" for stem in content.parts}
+        parts = {stem: partial(_seen, source, marks, rank, phases[stem]) for stem, source in content.parts.items()}
+        return save_parts(self, directory, replace(content, parts=parts), *args)
 
     def copying(self: Staging, *args: Any) -> Any:
         time.sleep(copy_s)
         return copy_part(self, *args)
 
-    CheckpointWriter._save_part, Staging._copy_part = saving, copying
+    CheckpointWriter._save_parts, Staging._copy_part = saving, copying
+
+
+def _seen(source: Source, marks: Marks, rank: int, phase: str) -> Iterator[Fragment]:
+    """Each tensor marks the part that it is of: parts may be written side by side."""
+    for fragment in source():
+        marks.enter(rank, phase)
+        yield fragment
 
 
 def _marking_transfers(start: Callable[..., Any], marks: Marks, rank: int, bytes_per_s: float) -> Callable[..., Any]:

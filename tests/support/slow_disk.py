@@ -71,8 +71,8 @@ def slow_down(bytes_per_s: float, pause_s: float) -> None:
         write_synced(path, data)
 
     @contextmanager
-    def slow_open_write(url: str) -> Iterator[Any]:
-        with open_write(url) as file:
+    def slow_open_write(url: str, **options: Any) -> Iterator[Any]:
+        with open_write(url, **options) as file:
             yield _SlowFile(file, line) if is_local(url) else file
 
     os.pwrite, storage_write._write_synced, storage.open_write = slow_pwrite, slow_write_synced, slow_open_write

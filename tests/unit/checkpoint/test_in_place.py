@@ -14,9 +14,10 @@ import torch
 from ftlaunch.distributed import storage, storage_in_place
 from ftlaunch.distributed.checkpoint import in_place, shared
 from ftlaunch.distributed.checkpoint.crc import combine_crc32
+from ftlaunch.distributed.checkpoint.dealing import by_holder
 from ftlaunch.distributed.checkpoint.exchange import CHUNK_BYTES, deal
 from ftlaunch.distributed.checkpoint.fragments import TensorSpec
-from ftlaunch.distributed.checkpoint.parts import plan_part
+from ftlaunch.distributed.checkpoint.parts import Part, plan_part
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
 from ftlaunch.recipes.errors import InfrastructureError
@@ -60,8 +61,8 @@ def run(threads, fragmented, folder, size=3, tensors=None):
 
     def work(peers):
         source = fragments[peers.rank].__iter__
-        plan = plan_part(source, "model", peers, max_file_bytes=400, in_place=True)
-        return in_place.save_part_in_place(source, str(folder), plan, peers)
+        plan = plan_part(source, "model", peers, max_file_bytes=400, deal=by_holder)
+        return in_place.save_in_place([Part(source, str(folder), plan)], peers)["model"]
 
     return threads(size, work)
 

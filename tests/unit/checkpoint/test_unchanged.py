@@ -102,7 +102,9 @@ def test_what_cannot_be_linked_is_written_again(tmp_path, threads, fragmented, d
 def test_a_store_copies_by_itself(threads, fragmented, monkeypatch):
     uploaded = []
     open_write = storage.open_write
-    monkeypatch.setattr(storage, "open_write", lambda url: uploaded.append(url) or open_write(url))
+    monkeypatch.setattr(
+        storage, "open_write", lambda url, **options: uploaded.append(url) or open_write(url, **options)
+    )
     run = "memory://bucket/run"
     save(run, threads, fragmented)
     for step in (1, 2, 3):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,6 +95,50 @@ def test_s3_streams_appear_whole_or_not_at_all(s3):
             raise RuntimeError
     assert not storage.exists(storage.join(s3, "torn.bin"))
     assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="acme")
+
+
+def test_s3_parts_of_a_file_come_from_anybody_in_any_order(s3):
+    url = storage.join(s3, "pärts", "big file.bin")
+    data = os.urandom(2 * storage.part_bytes(0) + 1000)
+    parts = [
+        bytearray(data[start : start + storage.part_bytes(0)]) for start in range(0, len(data), storage.part_bytes(0))
+    ]
+    clients = [storage.PartUploads(s3) for _ in parts]
+    upload = clients[0].begin(url)
+    marks = {}
+    for number in (3, 1, 2):
+        crc32 = zlib.crc32(parts[number - 1])
+        marks[number] = clients[number - 1].send(url, upload, number, parts[number - 1], crc32)
+        assert not storage.exists(url)
+    clients[0].finish(url, upload, [marks[1], marks[2], marks[3]], len(data))
+    assert storage.read_bytes(url) == data
+    left = clients[1].begin(url)
+    clients[2].abort(url, left)
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="acme")
+
+
+def test_an_upload_whose_last_answer_was_lost_is_finished(s3, monkeypatch):
+    url = storage.join(s3, "finished.bin")
+    storage.write_bytes(url, b"0123456789")
+    client = storage.PartUploads(s3)
+
+    def gone(*_, **__):
+        raise UserError("there is no such upload")
+
+    monkeypatch.setattr(client, "_call", gone)
+    client.finish(url, "upload", [storage.PartMark("etag", "checksum")], 10)
+    with pytest.raises(UserError, match="no such upload"):  # what is there is something else
+        client.finish(url, "upload", [storage.PartMark("etag", "checksum")], 11)
+
+
+def test_s3_parts_are_few_enough():
+    assert storage.part_bytes(2**20) == storage.part_bytes(2**35) == 6 * 2**20
+    for size in (2**36, 5 * 10**12 - 3):
+        assert storage.part_bytes(size) % 8 == 0
+        assert 9_000 < -(-size // storage.part_bytes(size)) <= 10_000
+    assert [storage.takes_parts(url) for url in ("s3://b/k", "s3a://b/k", "gs://b/k", "/tmp", "memory://b")] == [
+        True, True, False, False, False,
+    ]  # fmt: skip
 
 
 def test_s3_logs_continue(s3):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,13 +17,16 @@ from hypothesis import strategies as st
 
 from ftlaunch.distributed import storage
 from ftlaunch.distributed.checkpoint import reader as reader_module
+from ftlaunch.distributed.checkpoint import uploads
+from ftlaunch.distributed.checkpoint.dealing import by_block, by_file, by_holder
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
-from ftlaunch.distributed.checkpoint.in_place import save_part_in_place
+from ftlaunch.distributed.checkpoint.in_place import save_in_place
 from ftlaunch.distributed.checkpoint.layout import plan_files, read_header
-from ftlaunch.distributed.checkpoint.parts import plan_part
+from ftlaunch.distributed.checkpoint.parts import Part, plan_part
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
-from ftlaunch.distributed.checkpoint.writer import save_part
+from ftlaunch.distributed.checkpoint.streams import save_streamed
+from ftlaunch.distributed.checkpoint.uploads import save_uploaded
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool]
@@ -36,14 +42,58 @@ def build(described):
     }
 
 
-def save(fragments, folder, threads, stem="model", max_file_bytes=200, *, in_place=False):
+class Store:
+    """Uploads in parts into a folder, as an object store takes them: in any order, seen only when they are finished."""
+
+    def __init__(self):
+        self.parts = {}
+        self.sent = []
+        self.lock = threading.Lock()
+
+    def begin(self, url):
+        with self.lock:
+            name = f"upload {len(self.parts)}"
+            self.parts[name] = {}
+        return name
+
+    def send(self, url, upload, number, data, crc32):
+        assert zlib.crc32(data) == crc32
+        self.parts[upload][number] = bytes(data)
+        self.sent.append(url)
+        return f"mark {number}"
+
+    def finish(self, url, upload, marks, size):
+        parts = self.parts.pop(upload)
+        assert marks == [f"mark {number}" for number in range(1, len(parts) + 1)]
+        data = b"".join(parts[number] for number in sorted(parts))
+        assert len({len(parts[number]) for number in range(1, len(parts))}) <= 1, "all but the last are equal"
+        assert len(data) == size
+        Path(url).write_bytes(data)
+
+    def abort(self, url, upload):
+        self.parts.pop(upload, None)
+
+
+WAYS = {"in place": (by_holder, save_in_place), "streamed": (by_file, save_streamed), "uploaded": (by_block, None)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Of an upload: 136 bytes, so that files and their headers have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "part_bytes", lambda size: 136)
+        yield
+
+
+def save(fragments, folder, threads, stem="model", max_file_bytes=200, *, way="streamed", store=None):
     """Save what each rank holds, in chunks so small that tensors of a few elements have several."""
+    deal, write = WAYS[way]
+    write = write or partial(save_uploaded, uploads=store or Store())
 
     def work(peers):
         source = fragments[peers.rank].__iter__
-        plan = plan_part(source, stem, peers, max_file_bytes=max_file_bytes, in_place=in_place)
-        write = save_part_in_place if in_place else save_part
-        return write(source, str(folder), replace(plan, chunk_bytes=16), peers)
+        plan = plan_part(source, stem, peers, max_file_bytes=max_file_bytes, deal=deal)
+        return write([Part(source, str(folder), replace(plan, chunk_bytes=16))], peers)[stem]
 
     return threads(len(fragments), work)
 
@@ -71,11 +121,12 @@ def test_any_fragmentation_gives_the_same_bytes(threads, fragmented, described, 
         assert {name: record.size for name, record in records.items()} == {
             n: len(c) for n, c in contents(alone).items()
         }
-    with TemporaryDirectory() as in_place:
-        results, _ = save(fragmented(tensors, size, seed), in_place, threads, in_place=True)
-        assert all(isinstance(records, list) for records in results), results
-        assert contents(in_place) == expected
-        assert {record.path: record for ranks in results for record in ranks} == records
+    for way in ("in place", "uploaded"):
+        with TemporaryDirectory() as folder:
+            results, _ = save(fragmented(tensors, size, seed), folder, threads, way=way)
+            assert all(isinstance(records, list) for records in results), results
+            assert contents(folder) == expected
+            assert {record.path: record for ranks in results for record in ranks} == records
 
 
 @settings(max_examples=40)
@@ -168,11 +219,15 @@ def header_bytes(folder, records):
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_fails_on_one_rank_fails_on_all(tmp_path, threads, fragmented):
+@pytest.mark.parametrize("way", ["streamed", "uploaded"])
+def test_a_source_that_fails_on_one_rank_fails_on_all(tmp_path, threads, fragmented, way):
+    store = Store()
+    deal, write = WAYS[way]
+    write = write or partial(save_uploaded, uploads=store)
     fragments = fragmented({f"w{i}": torch.arange(100.0) for i in range(6)}, 3, 1)
 
     def work(peers):
-        plan = plan_part(fragments[peers.rank].__iter__, "model", peers, max_file_bytes=400)
+        plan = plan_part(fragments[peers.rank].__iter__, "model", peers, max_file_bytes=400, deal=deal)
 
         def source():
             for number, fragment in enumerate(fragments[peers.rank]):
@@ -180,21 +235,23 @@ def test_a_source_that_fails_on_one_rank_fails_on_all(tmp_path, threads, fragmen
                     raise RuntimeError("out of memory")
                 yield fragment
 
-        return save_part(source, str(tmp_path), plan, peers)
+        return write([Part(source, str(tmp_path), plan)], peers)
 
     results, _ = threads(3, work)
     assert [type(result) for result in results] == [InfrastructureError, RuntimeError, InfrastructureError]
     assert str(results[0]) == "rank 1 failed writing model: out of memory"
+    assert store.parts == {}  # parts that become nothing would be paid for
+    assert way == "streamed" or contents(tmp_path) == {}
 
 
 def test_storage_that_fails_on_one_rank_fails_on_all(tmp_path, threads, fragmented, monkeypatch):
     fragments = fragmented({f"w{i}": torch.arange(100.0) for i in range(6)}, 3, 1)
     open_write = storage.open_write
 
-    def full(url):
+    def full(url, **options):
         if "00002-of" in url:
             raise UserError(f"{url}: no space")
-        return open_write(url)
+        return open_write(url, **options)
 
     monkeypatch.setattr(storage, "open_write", full)
     results, _ = save(fragments, tmp_path, threads, max_file_bytes=400)
@@ -221,10 +278,106 @@ def test_a_source_that_changes_between_saves_is_found(tmp_path, fragmented):
     plan = plan_part(planned.__iter__, "model", Peers())
     for now in (planned[:1], planned[::-1]):
         with pytest.raises(ValueError, match=r"shorter|not what was planned"):
-            save_part(now.__iter__, str(tmp_path), plan, Peers())
+            save_streamed([Part(now.__iter__, str(tmp_path), plan)], Peers())
 
 
 def test_a_part_without_tensors_is_a_file_without_tensors(tmp_path):
     plan = plan_part([].__iter__, "master", Peers())
-    assert [record.path for record in save_part([].__iter__, str(tmp_path), plan, Peers())] == ["master.safetensors"]
+    records = save_streamed([Part([].__iter__, str(tmp_path), plan)], Peers())["master"]
+    assert [record.path for record in records] == ["master.safetensors"]
     assert CheckpointReader(str(tmp_path), "master").names() == []
+
+
+# --- uploads in parts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", ["begin", "send", "finish"])
+def test_an_upload_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(tmp_path, threads, fragmented, fails):
+    fragments = fragmented({f"w{i}": torch.arange(100.0) for i in range(6)}, 3, 1)
+    store, calls = Store(), []
+    real = getattr(store, fails)
+
+    def broken(url, *arguments):
+        calls.append(url)
+        if "00002-of" in url:
+            raise InfrastructureError("the store has a bad day")
+        return real(url, *arguments)
+
+    setattr(store, fails, broken)
+    results, _ = save(fragments, tmp_path, threads, max_file_bytes=400, way="uploaded", store=store)
+    assert all(isinstance(result, InfrastructureError) and "bad day" in str(result) for result in results), results
+    assert store.parts == {}
+    assert "model-00002-of-00006.safetensors" not in contents(tmp_path)
+
+
+def test_what_all_hold_is_sent_by_all_and_goes_nowhere_before(tmp_path, threads, monkeypatch):
+    tensors = {f"w{i}": torch.arange(100.0) + i for i in range(6)}
+    replicated = [list(fragments_of_one(tensors)) for _ in range(3)]
+    by_rank = {rank: Store() for rank in range(3)}
+    shared = by_rank[0].parts
+    for store in by_rank.values():
+        store.parts = shared  # one store, and who has sent how much
+
+    def work(peers):
+        source = replicated[peers.rank].__iter__
+        plan = plan_part(source, "model", peers, max_file_bytes=10_000, deal=by_block)
+        return save_uploaded([Part(source, str(tmp_path), plan)], peers, by_rank[peers.rank])
+
+    results, hub = threads(3, work)
+    assert not any(isinstance(result, Exception) for result in results), results
+    assert hub.sent_bytes == 0
+    counts = [len(store.sent) for store in by_rank.values()]
+    assert max(counts) - min(counts) <= 1
+    assert torch.equal(CheckpointReader(str(tmp_path)).read_tensor("w5"), tensors["w5"])
+
+
+def test_blocks_are_written_by_who_holds_them(tmp_path, threads):
+    """Each of three ranks holds a third of the rows: only blocks across two ranks' rows move, and never the larger
+    share of one."""
+    tensors = {f"w{i}": torch.arange(900.0) + i for i in range(4)}
+    sharded = [
+        [
+            replace(f, ranges=((300 * rank, 300 * rank + 300),), values=f.values[300 * rank : 300 * rank + 300])
+            for f in fragments_of_one(tensors)
+        ]
+        for rank in range(3)
+    ]
+    results, hub = save(sharded, tmp_path, threads, max_file_bytes=100_000, way="uploaded")
+    assert all(isinstance(records, list) for records in results), results
+    assert hub.sent_bytes <= 12 * 136 / 2 + 3 * 136  # twelve borders; a few blocks go elsewhere, for balance
+    assert torch.equal(CheckpointReader(str(tmp_path)).read_tensor("w3"), tensors["w3"])
+
+
+def test_few_blocks_are_in_memory(tmp_path, threads, fragmented, monkeypatch):
+    """One rank fills eight files side by side; blocks on their way and those being filled are bounded."""
+    tensors = {f"w{i}": torch.arange(400.0) + i for i in range(64)}
+    made = []
+    block = uploads._Block
+
+    def watched(file, number, start, size, memory):
+        made.append(id(memory))
+        return block(file, number, start, size, memory)
+
+    monkeypatch.setattr(uploads, "_Block", watched)
+    results, _ = save(fragmented(tensors, 1, 0), tmp_path, threads, max_file_bytes=12_800, way="uploaded")
+    assert isinstance(results[0], list), results
+    assert len(results[0]) == 8
+    assert len(set(made)) <= uploads.BLOCKS < len(made)
+
+
+def test_parts_are_written_side_by_side(tmp_path, threads, fragmented):
+    """Of four parts with one file each, four ranks write one each, and no part waits for the end of another."""
+    tensors = {f"w{i}": torch.arange(100.0) for i in range(8)}
+    stems = ["model", "master", "exp_avg", "exp_avg_sq"]
+    fragments = fragmented(tensors, 4, 3)
+
+    def work(peers):
+        load = [0] * peers.size
+        source = fragments[peers.rank].__iter__
+        plans = [plan_part(source, stem, peers, load=load) for stem in stems]
+        return save_streamed([Part(source, str(tmp_path), plan) for plan in plans], peers)
+
+    results, _ = threads(4, work)
+    assert [[stem for stem, records in result.items() if records] for result in results] == [[stem] for stem in stems]
+    for stem in stems:
+        assert torch.equal(CheckpointReader(str(tmp_path), stem).read_tensor("w7"), tensors["w7"])
