@@ -1,10 +1,12 @@
 """How long does a save take, and how long does it hold training up?
 
-Ranks over gloo hold the shards of a random model in bfloat16 and write it to a local disk in its final form: ours
-against DCP with consolidation, torch's HuggingFaceStorageWriter, and a gather to rank 0 with `save_pretrained`. The
-limit is a raw write of the same bytes from memory by the same ranks into files of their own, synced, as ours are; of
-peers' files the sync is counted too. Of a save in the background the time until training may go on is held against
-a copy of the same bytes in memory, and against `dcp.async_save`.
+Ranks over gloo hold the shards of a random model and write it in its final form, to a local disk or to an object store
+on loopback: weights in bfloat16, or with masters and both moments in float32. The peers are DCP with consolidation,
+torch's HuggingFaceStorageWriter, a gather to rank 0 with `save_pretrained`, and DeepSpeed's checkpoint with its
+conversion (which knows only the whole state). The limit is a raw write of the same bytes from memory by the same ranks
+into files of their own, synced, as ours are; of peers' files the sync is counted too. On the object store it is a raw
+multipart upload, and what peers can only write to a disk they upload from there. Of a save in the background the time
+until training may go on is held against a copy of the same bytes in memory, and against `dcp.async_save`.
 """
 
 from __future__ import annotations
@@ -14,34 +16,55 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import object_uploads
 from harness import Rounds, Table, arguments, interleave, parse, write_results
-from save_ranks import Turn, serve
+from save_ranks import Setting, Turn, serve
 
 CLAIM = (
-    "Seconds of a save / a raw write of the same bytes from memory by the same ranks: at most 2.5, aim 1.5; at least 5 "
-    "times faster than DCP with consolidation and twice as fast as a gather to rank 0; at most 64 MiB more per rank; "
-    "model bytes are written once. In the background: training is held up for at most 2 copies of the bytes."
+    "Seconds of a save / a raw write of the same bytes from memory by the same ranks to the same place: at most 2.5, "
+    "aim 1.5; at least 5 times faster than DCP with consolidation and twice as fast as a gather to rank 0; at most "
+    "64 MiB more per rank; model bytes are written once. In the background: training is held up for at most 2 copies "
+    "of the bytes."
 )
-SAVE = ("raw", "ours", "ours_by_owners", "rank_0_gather", "dcp_consolidated", "hf_storage_writer")
-STALL = ("memcpy", "ours_async", "dcp_async_thread", "dcp_async_process")
+SAVES = {
+    ("disk", "weights"): (
+        "raw",
+        "ours",
+        "ours_streamed",
+        "rank_0_gather",
+        "dcp_consolidated",
+        "hf_storage_writer",
+    ),
+    ("disk", "state"): ("raw", "ours", "ours_streamed", "zero_to_fp32", "rank_0_gather", "dcp_consolidated"),
+    ("s3", "weights"): ("raw_upload", "ours_uploaded", "rank_0_gather_uploaded", "dcp_consolidated_uploaded"),
+    ("s3", "state"): ("raw_upload", "ours_uploaded", "rank_0_gather_uploaded", "dcp_consolidated_uploaded"),
+}
+"""Sides of each target and content, the limit first and then ours."""
+
+STALLS = ("memcpy", "ours_async", "dcp_async_thread", "dcp_async_process")
+PARAMETERS = {"weights": 1.0, "state": 0.25}
+"""Of the model, in billions."""
+
 LAYER_PARAMETERS = 60_821_504
 """Of a layer of the model that is drawn: hidden 2048, intermediate 8192, 32 heads, 8 of keys and values."""
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-def model_config(parameters: float, *, quick: bool) -> dict[str, Any]:
+def model_config(parameters: float, *, tied: bool, quick: bool) -> dict[str, Any]:
     """A Llama of about so many parameters."""
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": tied}
     if quick:
         return {**heads, **TINY}
     vocabulary = 32_000
-    layers = max(1, round((parameters - vocabulary * 2048) / LAYER_PARAMETERS))
+    embeddings = vocabulary * 2048 * (1 if tied else 2)
+    layers = max(1, round((parameters - embeddings) / LAYER_PARAMETERS))
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": layers, "vocab_size": vocabulary}
     return {**heads, **sizes}
 
@@ -57,13 +80,13 @@ class Ranks:
     written: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, size: int, config: Mapping[str, Any], seed: int, place: str) -> Ranks:
+    def start(cls, setting: Setting) -> Ranks:
         """Ready for their first turn."""
         context = multiprocessing.get_context("spawn")
         processes, lines = [], []
-        for rank in range(size):
+        for rank in range(setting.size):
             here, there = context.Pipe()
-            processes.append(context.Process(target=serve, args=(rank, size, config, seed, place, there)))
+            processes.append(context.Process(target=serve, args=(rank, setting, there)))
             processes[-1].start()
             there.close()
             lines.append(here)
@@ -90,46 +113,85 @@ class Ranks:
             process.join()
 
 
+@contextlib.contextmanager
+def target(kind: str, place: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where is saved to, and the environment that it takes."""
+    if kind == "disk":
+        yield place, {}
+        return
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    root = Path(place) / "store"
+    (root / "bucket").mkdir(parents=True)
+    server = context.Process(target=object_uploads.serve, args=(root,), kwargs={"line": there})
+    server.start()
+    try:
+        yield "s3://bucket", {"AWS_ENDPOINT_URL": here.recv(), **CREDENTIALS}
+    finally:
+        server.terminate()
+        server.join()
+
+
 def measure(size: int, sides: Sequence[str], options: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
-    """All sides at one world size. Every side has one turn before those that count: buffers and processes are made."""
-    config = model_config(options.parameters * 1e9, quick=options.quick)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-save-", dir=options.place) as place:
-        ranks = Ranks.start(size, config, options.seed, place)
-        title = f"{ranks.model_bytes / 1e9:.3g} GB on {size} ranks"
+    """All sides at one world size. Every side of stalls, and DeepSpeed's, has one turn before those that count: buffers
+    and processes are made."""
+    # zero_to_fp32 --safe_serialization refuses a head that is tied to the embeddings.
+    config = model_config(options.parameters * 1e9, tied=options.content == "weights", quick=options.quick)
+    with (
+        tempfile.TemporaryDirectory(prefix="checkpoint-save-", dir=options.place) as place,
+        target(options.target, place) as (url, environment),
+    ):
+        ranks = Ranks.start(Setting(size, config, options.content, options.seed, place, url, environment))
+        title = f"{ranks.model_bytes / 1e9:.3g} GB of {options.content} on {size} ranks, {options.target}"
         turns = {side: partial(ranks.turn, side) for side in sides}
         with contextlib.closing(ranks):
-            interleave({side: turns[side] for side in sides if side in STALL}, 1, f"{title}, to warm up")
+            interleave({side: turns[side] for side in sides if is_warmed_up(side)}, 1, f"{title}, to warm up")
             ranks.forget()
             values = interleave(turns, options.rounds, title)
     about = {"model_bytes": ranks.model_bytes, "written / model bytes": ranks.written, "config": config}
     return tables(title, values, ranks.extra), {title: about}
 
 
+def is_warmed_up(side: str) -> bool:
+    """What is made once a run is nobody's save: staging memory, worker processes, clients of stores, an engine."""
+    return side in STALLS or side == "zero_to_fp32" or "upload" in side
+
+
 def tables(title: str, values: Rounds, extra: Rounds) -> list[Table]:
     """Seconds of saves, memory for them, seconds of stalls."""
-    saves, stalls = ({side: values[side] for side in group if side in values} for group in (SAVE, STALL))
-    memory = {side: [max(value, 1.0) for value in extra[side]] for side in saves if side != "raw"}
-    found = [
-        Table(f"{title}: a save", "s", "raw", saves),
-        Table(f"{title}: memory that the worst rank takes besides", "MiB", "ours", memory),
-        Table(f"{title}: how long training is held up", "s", "memcpy", stalls),
-    ]
+    stalls = {side: values[side] for side in STALLS if side in values}
+    saves = {side: values[side] for side in values if side not in STALLS}
+    found = []
+    if saves:
+        limit = next(iter(saves))
+        memory = {side: [max(value, 1.0) for value in extra[side]] for side in saves if side != limit}
+        found.append(Table(f"{title}: a save", "s", limit, saves))
+        found.append(Table(f"{title}: memory that the worst rank takes besides", "MiB", next(iter(memory)), memory))
+    if stalls:
+        found.append(Table(f"{title}: how long training is held up", "s", "memcpy", stalls))
     return [table for table in found if len(table.values) > 1]
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--parameters", type=float, default=1.0, help="of the model, in billions")
+    parser.add_argument("--target", choices=("disk", "s3"), default="disk", help="where is saved to")
+    parser.add_argument("--content", choices=tuple(PARAMETERS), default="weights", help="what is saved")
+    parser.add_argument("--parameters", type=float, help="of the model, in billions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--sides", nargs="+", choices=(*SAVE, *STALL), default=(*SAVE, *STALL))
+    parser.add_argument("--sides", nargs="+", help="some of the sides only; the limit must be among them")
     parser.add_argument("--place", type=Path, help="folder to write to; by default the temporary one")
     parser.add_argument("--name", default="checkpoint_save", help="of the results' files")
     options = parse(parser)
+    options.parameters = options.parameters or PARAMETERS[options.content]
+    stalls = STALLS if (options.target, options.content) == ("disk", "weights") else ()
+    known = (*SAVES[options.target, options.content], *stalls)
+    if unknown := set(options.sides or ()) - set(known):
+        parser.error(f"no side of this setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     os.environ["OMP_NUM_THREADS"] = "1"
     results: list[Table] = []
     settings: dict[str, Any] = {}
     for size in options.ranks:
-        found, about = measure(size, options.sides, options)
+        found, about = measure(size, [side for side in known if side in (options.sides or known)], options)
         results += found
         settings |= about
     write_results(options.name, options, CLAIM, results, settings)

@@ -58,6 +58,22 @@ def test_the_smallest_setting_writes_its_results(tmp_path, name):
     assert (tmp_path / f"{name}.md").read_text().strip() in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("target", "content", "sides"),
+    [("s3", "weights", ("raw_upload", "ours_uploaded")), ("disk", "state", ("raw", "ours_streamed", "zero_to_fp32"))],
+)
+def test_saves_to_a_store_and_of_the_whole_state(tmp_path, target, content, sides):
+    command = [sys.executable, str(BENCHMARKS / "checkpoint_save.py"), "--quick", "--out", str(tmp_path)]
+    command += ["--ranks", "2", "--target", target, "--content", content, "--sides", *sides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "checkpoint_save.json").read_text())
+    (about,) = result["settings"].values()
+    assert all(about["written / model bytes"][side] >= 1 for side in sides)
+    assert about["written / model bytes"][sides[0]] == 1
+
+
 def test_sides_take_turns(harness):
     log = []
     values = harness.interleave({"a": lambda: log.append("a") or 1.0, "b": lambda: log.append("b") or 2.0}, 3, "test")
