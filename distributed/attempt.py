@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -35,6 +35,8 @@ class Attempt:
     resume: CommitRecord | None
     model_revision: str | None = None
     """Commit of a model from a hub, as the first start found it; None: the model is from elsewhere."""
+    strategy: Mapping[str, Any] | None = None
+    """What the model was laid out by in the attempt before; None: this is the first that got so far."""
     notes: tuple[str, ...] = field(default=())
     """Things about the run directory that the user should read."""
     recipe: str = ""
@@ -52,7 +54,8 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     number = run.claim_attempt(world_size=world_size, command=[redact(word, loaded.secrets) for word in command])
     text = dump_recipe(recipe, loaded.secrets)
     run.store_recipe(text)
-    run.write_environment()
+    strategy = run.read_environment().get("strategy")
+    run.write_environment(strategy=strategy)
     # Whoever starts ranks has decided that there is something to train, so an earlier end no longer counts.
     storage.delete_tree(run.path("result.json"))
     notes: list[str] = []
@@ -62,7 +65,8 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
         storage.delete_tree(run.path("facts.json"))
     facts = run.read_facts() or run.record_facts(_facts(recipe, world_size))
     started_at = datetime.fromisoformat(facts["started_at"])
-    return Attempt(run, number, facts["streams"], started_at, resume, facts["model_revision"], tuple(notes), text)
+    revision = facts["model_revision"]
+    return Attempt(run, number, facts["streams"], started_at, resume, revision, strategy, tuple(notes), text)
 
 
 def _where_to_go_on(run: RunDirectory, report: Report) -> CommitRecord | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..recipes.errors import FtlaunchError, Interrupted, UserError
+from ..recipes.errors import FtlaunchError, Interrupted, RankError, UserError
 from ..recipes.load import LoadedRecipe, as_stored, load_recipe
 from ..recipes.methods.base import Method
 from ..recipes.methods.table import build_method
@@ -34,6 +34,7 @@ from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
 from .checkpoint.shared import share_local_folder
 from .checkpoint.staging import Staging
+from .choosing import Chosen, choose_strategy
 from .evaluate import Evaluator
 from .group import Group
 from .indexing import accept_changed_data, same_sources
@@ -160,15 +161,16 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
             recorder.message(note)
     say("building the model")
     built = build_model(recipe, folder)
-    with within_memory(world, "laying out the model"):
+    chosen = choose_strategy(recipe, built, folder.config, attempt, group, recorder)
+    recipe = chosen.recipe
+    with within_memory(world, "laying out the model", chosen.advise):
         engine = prepare(built, recipe, world)
     state = _load(recipe, built, engine, folder, attempt, group, recorder)
     extent, states = _where(state, data, recorder)
     stream = group.alike(lambda: data.training_stream(states), "continuing the training data")
-    _probe(recipe, built, engine, group, recorder)
-    evaluator = _evaluator(recipe, group, method, engine, data, recorder)
-    if state:
-        evaluator.restore(state["evaluator"])
+    with within_memory(world, "trying the model out", chosen.advise):
+        _probe(recipe, built, engine, group, recorder)
+    evaluator = _evaluator(chosen, group, method, engine, data, recorder, state)
     published = group.alike(
         lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
     )
@@ -204,6 +206,7 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
         monitor=job.monitor,
         recorder=recorder,
         extent=extent,
+        advise=chosen.advise,
     )
 
 
@@ -222,17 +225,28 @@ def _writer(
 
 
 def _evaluator(
-    recipe: Recipe, group: Group, method: Method, engine: Engine, data: RunData, recorder: Recorder | None
+    chosen: Chosen,
+    group: Group,
+    method: Method,
+    engine: Engine,
+    data: RunData,
+    recorder: Recorder | None,
+    state: Mapping[str, Any] | None,
 ) -> Evaluator:
-    return Evaluator(
+    """As it was in the state that the run continues from."""
+    evaluator = Evaluator(
         group=group,
         method=method,
         models=PolicyModel(engine.module),
         engine=engine,
         sets=data.eval_sets(),
-        early_stopping=recipe.evaluate.early_stopping,
+        early_stopping=chosen.recipe.evaluate.early_stopping,
         recorder=recorder,
+        advise=chosen.advise,
     )
+    if state:
+        evaluator.restore(state["evaluator"])
+    return evaluator
 
 
 def _pinned(recipe: Recipe, attempt: Attempt) -> Recipe:
@@ -377,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         secrets, origins = loaded.secrets, loaded.origins
         run_rank(Job(loaded, world, "env://", monitor, command=("torchrun", *arguments), flags=flags))
     except FtlaunchError as error:
-        if is_main:
+        if is_main or isinstance(error, RankError):
             sys.stderr.write(f"{redact(located(error, origins), secrets)}\n")
         return error.exit_code
     return 0

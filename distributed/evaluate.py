@@ -34,6 +34,8 @@ class Evaluator:
     sets: Mapping[str, Reader]
     early_stopping: EarlyStopping | None
     recorder: Recorder | None
+    advise: Callable[[], str]
+    """What to say when memory does not suffice."""
     last: dict[str, float] = field(default_factory=dict)
     last_step: int = -1
     best: float | None = None
@@ -64,7 +66,7 @@ class Evaluator:
             if not readers:
                 break
             batch = micro.batch if micro else empty_batch()
-            with torch.no_grad(), within_memory(self.group.world, f"evaluating {name!r}"):
+            with torch.no_grad(), within_memory(self.group.world, f"evaluating {name!r}", self.advise):
                 terms = self.method.loss(self.models, on_device(batch, self.group.world.device))
             loss_sum += float(terms.loss_sum)
             weight += self.method.weight(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ class Run:
     recorder: Recorder | None
     """Only on rank 0."""
     extent: Extent
+    advise: Callable[[], str]
+    """What to say when memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def take_steps(run: Run) -> str:
             return "finished"
         after = run.extent.after(tokens=totals.num_tokens, served_bytes=totals.served_bytes)
         rate = learning_rate(run.recipe.train, run.extent, after, run.stream.total_bytes)
-        with within_memory(run.group.world, f"step {after.steps}"):
+        with within_memory(run.group.world, f"step {after.steps}", run.advise):
             loss, norm = _optimizer_step(run, batches, totals, rate)
         run.extent = after
         _record(run, totals, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "step_s": watch.lap()})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
 import torch
 
-from ..recipes.errors import UserError
+from ..recipes.errors import RankError
 from .world import World
+
+NO_HOST_MEMORY = "can't allocate memory"
+"""What torch's allocator of host memory says, in an error of no class of its own."""
 
 
 def memory_bytes(world: World) -> int:
@@ -26,12 +29,13 @@ def _this_process() -> psutil.Process:
 
 
 @contextmanager
-def within_memory(world: World, doing: str) -> Iterator[None]:
-    """Raises UserError that says what to change where a GPU's memory does not suffice."""
+def within_memory(world: World, doing: str, advise: Callable[[], str]) -> Iterator[None]:
+    """Raises RankError that says what takes the memory, and what to change, where that of a device does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{doing}: rank {world.rank} is out of GPU memory: {error}. Lower train.micro_batch_size or "
-            "data.sequence_length, set train.activation_checkpointing, train an adapter, or use more GPUs."
-        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and NO_HOST_MEMORY not in str(error):
+            raise
+        device = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        said = str(error).strip().rstrip(".")
+        raise RankError(f"{doing}: rank {world.rank} is out of {device}: {said}.\n{advise()}") from error

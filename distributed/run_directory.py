@@ -232,9 +232,14 @@ class RunDirectory:
         """What the first start fixed; None before it."""
         return _read_json(self.path("facts.json"))
 
-    def write_environment(self) -> None:
-        """Keep the environment of the newest attempt."""
-        storage.write_bytes(self.path("environment.json"), _to_json(describe_environment()))
+    def write_environment(self, *, strategy: Mapping[str, Any] | None = None) -> None:
+        """Keep the environment of the newest attempt; `strategy`: by what it lays the model out, once that is known."""
+        known = {"strategy": strategy} if strategy else {}
+        storage.write_bytes(self.path("environment.json"), _to_json({**describe_environment(), **known}))
+
+    def read_environment(self) -> dict[str, Any]:
+        """The environment of the newest attempt; empty before the first."""
+        return _read_json(self.path("environment.json")) or {}
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """The run is finished: keep its summary. A run that was extended writes it again."""

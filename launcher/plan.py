@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ..cluster.base import Need
 from ..cluster.table import build_submitted, is_submitted
@@ -20,17 +20,18 @@ from .hardware import Machine
 from .plan_data import SourcePlan, describe, index_source, keys_of, named_sources
 from .plan_duration import DurationPlan, plan_duration
 from .plan_model import (
-    MemoryPlan,
     ModelPlan,
     PlannedFile,
     SavePlan,
     plan_checkpoint,
-    plan_memory,
     plan_model,
     plan_saving,
 )
+from .plan_strategy import StrategyPlan, plan_strategy
 from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from .unknown import Unknown, then
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
     saving: SavePlan | Unknown
     launch: tuple[str, ...]
     """What is started where, a line each; empty for a cluster that this machine joins."""
-    memory: MemoryPlan | Unknown
+    strategy: StrategyPlan | Unknown
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -93,6 +94,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
     )
     model = plan_model(recipe)
     files = then(model, partial(plan_checkpoint, recipe))
+    strategy = then(model, lambda known: then(world, lambda on: plan_strategy(recipe, known, on, machine)))
     plan = Plan(
         name=recipe.name,
         run=storage.join(recipe.checkpoint.path, recipe.name),
@@ -107,8 +109,12 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         checkpoint=files,
         saving=then(files, lambda all_: then(world, lambda known: plan_saving(recipe, all_, known.nodes, machine))),
         launch=_launch(recipe),
-        memory=then(model, lambda known: then(world, lambda on: plan_memory(recipe, known, on.ranks, on.nodes))),
-        warnings=(*loaded.warnings, *_about(world, lambda known: world_warnings(recipe.cluster, known, machine))),
+        strategy=strategy,
+        warnings=(
+            *loaded.warnings,
+            *_about(world, lambda known: world_warnings(recipe.cluster, known, machine)),
+            *_about(strategy, lambda known: [known.warning] if known.warning else []),
+        ),
         problems=tuple(_about(world, lambda known: world_problems(recipe.cluster, known, machine))),
     )
     redacted: Plan = map_texts(plan, lambda text: redact(text, loaded.secrets))
@@ -141,9 +147,9 @@ def _model_line(recipe: Recipe, model: ModelPlan) -> ModelLine:
     return ModelLine(model.model_type, model.parameters, model.trainable, recipe.model.dtype)
 
 
-def _about(world: WorldPlan | Unknown, find: Callable[[WorldPlan], list[str]]) -> list[str]:
-    """What there is to say about a world; nothing about one that is not known."""
-    return [] if isinstance(world, Unknown) else find(world)
+def _about(known: T | Unknown, find: Callable[[T], list[str]]) -> list[str]:
+    """What there is to say about something; nothing about what is not known."""
+    return [] if isinstance(known, Unknown) else find(known)
 
 
 def default_keys(section: Section, prefix: str = "") -> Iterator[str]:

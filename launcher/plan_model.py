@@ -1,11 +1,10 @@
-"""What a model is, from config.json and the headers of its weights: parameters, what is trained, what a checkpoint
-will hold, and about how much memory training takes. No weights are read."""
+"""What a model is, from config.json and the headers of its weights: parameters, what is trained, and what a checkpoint
+will hold. No weights are read."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,42 +12,32 @@ from typing import Any
 from ..distributed import storage
 from ..distributed.checkpoint.fragments import TensorSpec
 from ..distributed.checkpoint.layout import FileSet, num_elements, open_folder, plan_files
+from ..distributed.estimate.outline import Held, Outline, make_outline
 from ..distributed.model_files import HUB_ID, find_model
-from ..distributed.optimizers.state import BYTES as BYTES_OF_STATE
 from ..distributed.optimizers.state import STATE
 from ..distributed.save_mode import ROOM
 from ..recipes.errors import UserError
 from ..recipes.schema import Lora, Model, Recipe
 from ..recipes.schema_cluster import LocalCluster
 from .hardware import Machine
-from .plan_layout import kept
 from .unknown import Unknown, ask
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float32": "F32"}
-BYTES = {"bfloat16": 2, "float32": 4}
-BYTES_IN_4_BITS = 0.5 + 4 / 64
-"""NF4 with a scale for every 64 weights."""
 EMBEDDINGS = re.compile(r"(embed|\bwte\b|\bwpe\b|position)", re.IGNORECASE)
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
-ACTIVATION_BYTES = 34
-"""Bytes kept for the backward pass per token, hidden unit and layer in 16 bits, without the attention matrix
-(Korthikanti et al. 2022, arXiv:2205.05198, equation 1); twice that in fp32."""
 
 
 @dataclass(frozen=True)
 class ModelPlan:
     """Parameters counted from the headers. `stored` are the tensors that a checkpoint publishes, `trained` those with
-    optimizer state; `quantized` counts parameters that are held in 4 bits; `hidden_size` and `num_layers` are 0 where
-    config.json names them otherwise."""
+    optimizer state; `outline` is what memory is estimated from, None where config.json names sizes otherwise."""
 
     model_type: str
     parameters: int
     trainable: int
     stored: tuple[TensorSpec, ...]
     trained: tuple[TensorSpec, ...]
-    hidden_size: int
-    num_layers: int
-    quantized: int = 0
+    outline: Outline | None
 
 
 @dataclass(frozen=True)
@@ -66,22 +55,6 @@ class SavePlan:
 
     mode: str
     copy_bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """An estimate of one rank's memory while training, in bytes."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    gathered: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
 
 
 def is_on_hub(path: str) -> bool:
@@ -117,17 +90,23 @@ def from_headers(recipe: Recipe, config: Mapping[str, Any], files: FileSet) -> M
     else:
         stored, trained = whole, _chosen(whole, recipe.model)
         parameters = sum(map(num_elements, whole))
-    shape = config.get("text_config", config)  # multimodal models keep the language model's figures one level down
     return ModelPlan(
         model_type=str(config.get("model_type", "")),
         parameters=parameters,
         trainable=sum(map(num_elements, trained)),
         stored=tuple(stored),
         trained=tuple(trained),
-        hidden_size=int(shape.get("hidden_size", shape.get("n_embd", 0))),
-        num_layers=int(shape.get("num_hidden_layers", shape.get("n_layer", 0))),
-        quantized=sum(num_elements(spec) for spec in whole if _is_in_4_bits(recipe, spec)),
+        outline=make_outline(_held(recipe, whole, trained), config),
     )
+
+
+def _held(recipe: Recipe, base: Sequence[TensorSpec], trained: Sequence[TensorSpec]) -> Iterator[Held]:
+    """All tensors of the model at work: the base's, and an adapter's beside them."""
+    names = {spec.name for spec in trained}
+    for spec in [*base, *trained] if recipe.adapter is not None else base:
+        is_table = bool(EMBEDDINGS.search(spec.name) or HEADS.search(spec.name))
+        packed = _bytes_in_4_bits(spec) if _is_in_4_bits(recipe, spec) else 0
+        yield Held(spec.name, spec.shape, spec.name in names, is_table, packed)
 
 
 def _chosen(tensors: Sequence[TensorSpec], model: Model) -> list[TensorSpec]:
@@ -181,7 +160,13 @@ def _is_linear(spec: TensorSpec) -> bool:
 
 
 def _is_in_4_bits(recipe: Recipe, spec: TensorSpec) -> bool:
-    return recipe.adapter is not None and recipe.adapter.type == "qlora" and _is_linear(spec)
+    is_base = ".lora_" not in spec.name and not spec.name.startswith("base_model.")
+    return recipe.adapter is not None and recipe.adapter.type == "qlora" and is_base and _is_linear(spec)
+
+
+def _bytes_in_4_bits(spec: TensorSpec) -> int:
+    """NF4: rows of blocks of 64 weights, each with a scale in fp32."""
+    return int(spec.shape[0]) * -(-spec.shape[1] // 64) * 36
 
 
 def plan_checkpoint(recipe: Recipe, model: ModelPlan) -> tuple[PlannedFile, ...]:
@@ -213,43 +198,3 @@ def _optimizer_state(recipe: Recipe, model: ModelPlan) -> dict[str, list[TensorS
         for part, shape in STATE[recipe.train.optimizer](spec.shape, is_table).items():
             parts.setdefault(part, []).append(TensorSpec(spec.name, shape, "F32"))
     return parts
-
-
-def plan_memory(recipe: Recipe, model: ModelPlan, ranks: int, nodes: int = 1) -> MemoryPlan | Unknown:
-    """About how much one rank needs: what its strategy keeps there, the block at work and the activations."""
-    if not model.hidden_size or not model.num_layers:
-        return Unknown(f"config.json of {model.model_type} does not name hidden_size and num_hidden_layers")
-    width = BYTES[recipe.model.dtype]
-    frozen = model.parameters - model.trainable
-    block = max(_block_sizes(model, recipe), default=0)
-    state = sum(num_elements(spec) for part in _optimizer_state(recipe, model).values() for spec in part)
-    each = kept(recipe, ranks, nodes, width)
-    in_4_bits = BYTES_IN_4_BITS / width * model.quantized  # as so many parameters of the usual width
-    return MemoryPlan(
-        weights=math.ceil(each.trained * model.trainable + each.frozen * (frozen - model.quantized + in_4_bits)),
-        gradients=math.ceil(each.gradients * model.trainable),
-        optimizer=math.ceil(each.optimizer * BYTES_OF_STATE[recipe.train.optimizer] * state),
-        gathered=2 * width * block * each.gathers,  # the block at work and the one that is fetched ahead
-        activations=_activations(recipe, model),
-    )
-
-
-def _block_sizes(model: ModelPlan, recipe: Recipe) -> list[int]:
-    """Parameters of each block, or an even share of the model where only an adapter is stored."""
-    if recipe.adapter is not None:
-        return [model.parameters // model.num_layers]
-    sizes: dict[str, int] = {}
-    for spec in model.stored:
-        found = re.match(r".*?\.\d+\.", spec.name)
-        key = found[0] if found else spec.name
-        sizes[key] = sizes.get(key, 0) + num_elements(spec)
-    return list(sizes.values())
-
-
-def _activations(recipe: Recipe, model: ModelPlan) -> int:
-    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
-    scale = BYTES[recipe.model.dtype] // 2
-    per_layer = ACTIVATION_BYTES * scale * tokens * model.hidden_size
-    if recipe.train.activation_checkpointing:
-        return model.num_layers * 2 * scale * tokens * model.hidden_size + per_layer
-    return model.num_layers * per_layer

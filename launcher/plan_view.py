@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..distributed.estimate.memory import Memory
 from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
 from . import units
@@ -162,6 +163,7 @@ def _model_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "published as", model.dtype
     yield "checkpoint", _checkpoint(plan)
     yield "saved", _saving(plan)
+    yield "strategy", _strategy(plan)
     yield "memory", _memory(plan)
 
 
@@ -189,12 +191,25 @@ def _saving(plan: Plan) -> str:
     )
 
 
+def _strategy(plan: Plan) -> str:
+    strategy = plan.strategy
+    if isinstance(strategy, Unknown):
+        return str(strategy) if plan.recipe["strategy"]["type"] == "auto" else plan.recipe["strategy"]["type"]
+    return strategy.why.removeprefix("strategy ") or strategy.chosen["type"]
+
+
 def _memory(plan: Plan) -> str:
-    memory = plan.memory
-    if isinstance(memory, Unknown):
-        return str(memory)
-    return (
-        f"about {units.size(memory.total)} a rank (an estimate: weights {units.size(memory.weights)}, gradients "
-        f"{units.size(memory.gradients)}, optimizer {units.size(memory.optimizer)}, gathered blocks "
-        f"{units.size(memory.gathered)}, activations {units.size(memory.activations)})"
-    )
+    if isinstance(plan.strategy, Unknown):
+        return str(plan.strategy)
+    memory = plan.strategy.memory
+    parts = ", ".join(f"{name} {units.size(size)}" for name, size in memory.parts.items() if size)
+    host = ", ".join(_on_host(memory))
+    device = f"about {units.size(memory.total)} a rank (an estimate, at its most in {memory.moment}: {parts})"
+    return f"{device}; on the host {host}" if host else device
+
+
+def _on_host(memory: Memory) -> Iterator[str]:
+    if memory.offloaded:
+        yield f"{units.size(memory.offloaded)} offloaded"
+    if memory.staging:
+        yield f"{units.size(memory.staging)} of copies where checkpoints are written beside the training"

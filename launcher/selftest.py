@@ -23,7 +23,9 @@ from ..recipes.schema import Recipe
 from . import units
 from .check_progress import Progress
 from .hardware import Machine, this_machine
-from .plan_model import plan_memory, plan_model
+from .plan_model import plan_model
+from .plan_strategy import plan_strategy
+from .plan_world import WorldPlan
 from .selftest_layouts import (
     Layout,
     choose_layouts,
@@ -35,7 +37,7 @@ from .selftest_model import Small, dropouts, has_experts, write_small_model
 from .selftest_ranks import RankPool, Task
 from .selftest_recipe import laid_out, obstacles, trial_recipe
 from .selftest_verdict import TOLERANCE, Circumstances, Curve, Differing, Verdict, explain, judge
-from .unknown import Unknown
+from .unknown import Unknown, then
 
 CPU_RANKS = 4
 """Ranks of the largest layout where there are no GPUs: 3 divides nearly nothing, 4 can be two nodes of two."""
@@ -187,12 +189,12 @@ class _Test:
 
     def _too_large(self, recipe: Recipe, layout: Layout) -> str | None:
         """By the plan's estimate."""
-        model = plan_model(recipe)
-        plan = model if isinstance(model, Unknown) else plan_memory(recipe, model, layout.ranks, layout.nodes)
+        world = WorldPlan(layout.nodes, layout.ranks // layout.nodes, self.device)
+        plan = then(plan_model(recipe), lambda model: plan_strategy(recipe, model, world, self.machine))
         if isinstance(plan, Unknown):
             return None
         on_gpu = self.device == "cuda"
-        needed = plan.total * (1 if on_gpu else layout.ranks)
+        needed = plan.rank_bytes if on_gpu else (plan.rank_bytes + plan.memory.offloaded) * layout.ranks
         there = self.machine.gpu_memory_bytes if on_gpu else int(psutil.virtual_memory().available)
         if not there or needed <= there:
             return None

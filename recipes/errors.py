@@ -24,6 +24,10 @@ class KeyedError(UserError):
         self.key = key
 
 
+class RankError(UserError):
+    """A mistake that shows on one rank only: which tells it, because no other one will."""
+
+
 class InfrastructureError(FtlaunchError):
     """A machine, network or storage failed; the same command may work elsewhere or later. Exit code 2."""
 

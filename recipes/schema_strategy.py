@@ -44,4 +44,18 @@ class Deepspeed(Section):
     ZeRO; one that contradicts the recipe is an error."""
 
 
-StrategyConfig = Annotated[Ddp | Fsdp | Deepspeed, Field(discriminator="type")]
+class Auto(Section):
+    """Chosen when ranks start, from what one of them is estimated to take and what its device has: `ddp` where the
+    whole model fits, else `fsdp`; what waits in the host's memory (`deepspeed` with offload_optimizer, `fsdp` with
+    offload) only where nothing else fits. `plan` says which and why, and the run writes it down."""
+
+    type: Literal["auto"] = "auto"
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory in GB of the device of a rank, to choose by, where it is less than there is or where `plan` cannot see it.
+    None: what is free there when the run starts; on a CPU a rank's share of the host's."""
+
+
+ChosenStrategy = Ddp | Fsdp | Deepspeed
+"""What a model is laid out by."""
+
+StrategyConfig = Annotated[Ddp | Fsdp | Deepspeed | Auto, Field(discriminator="type")]

@@ -36,6 +36,7 @@ LIGHT = (
     "distributed/storage.py",
     "distributed/run_directory.py",
     "distributed/data/*.py",
+    "distributed/estimate/*.py",
     "distributed/row_encoder.py",
     "distributed/checkpoint/layout.py",
     "distributed/checkpoint/commit.py",

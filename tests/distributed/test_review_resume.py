@@ -114,7 +114,7 @@ def test_out_of_memory_on_one_rank_is_the_users_to_mend(tmp_path, monkeypatch):
         return on_device(batch, device)
 
     monkeypatch.setattr(loop, "on_device", full)
-    with pytest.raises(RanksFailed, match=r"UserError: step 1: rank 1 is out of GPU memory.*micro_batch_size"):
+    with pytest.raises(RanksFailed, match=r"(?s)RankError: step 1: rank 1 is out of GPU memory.*micro_batch_size"):
         train(recipe_for(tmp_path, **shared), 2)
 
 

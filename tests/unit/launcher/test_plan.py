@@ -13,7 +13,8 @@ from ftlaunch.launcher import cli, plan_view
 from ftlaunch.launcher.hardware import Machine, parse_mebibytes
 from ftlaunch.launcher.plan_data import SourcePlan
 from ftlaunch.launcher.plan_duration import SampleStats, plan_duration
-from ftlaunch.launcher.plan_model import PlannedFile, SavePlan, from_headers, plan_checkpoint, plan_memory, plan_saving
+from ftlaunch.launcher.plan_model import PlannedFile, SavePlan, from_headers, plan_checkpoint, plan_saving
+from ftlaunch.launcher.plan_strategy import plan_strategy
 from ftlaunch.launcher.plan_world import WorldPlan, plan_batch, plan_world, world_problems, world_warnings
 from ftlaunch.launcher.unknown import Unknown
 from ftlaunch.recipes.errors import UserError
@@ -283,55 +284,60 @@ def test_an_optimizers_state_in_files_and_memory(place, optimizer, parts, bytes_
     state = {name for name in files if name.startswith("training/") and "master" not in name}
     assert state == {f"training/{part}.safetensors" for part in parts}
     low, high = bytes_per_weight
-    assert low * PARAMETERS <= plan_memory(one, plan, 1).optimizer <= high * PARAMETERS
+    assert low * PARAMETERS <= a_plan_of(one, plan).memory.optimizer <= high * PARAMETERS
     if optimizer == "muon":  # hidden matrices and nothing else
         hidden = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
         assert files["training/momentum_buffer.safetensors"] == pytest.approx(4 * hidden, abs=8000)
 
 
-def test_memory_is_sharded_by_fsdp_and_not_by_ddp(place):
-    plan = model_plan(place)
-    one, four = plan_memory(recipe(), plan, 1), plan_memory(recipe(), plan, 4)
-    assert one.optimizer == 8 * PARAMETERS == 4 * four.optimizer
-    assert one.activations == four.activations
-    assert plan_memory(recipe(strategy={"type": "ddp"}), plan, 4).optimizer == one.optimizer
-    less = plan_memory(recipe(train={"activation_checkpointing": True}), plan, 1)
-    assert less.activations < one.activations
-
-
-def test_memory_under_hybrid_sharding_and_with_offload(place):
-    plan = model_plan(place)
-    two, hybrid = plan_memory(recipe(), plan, 2), recipe(strategy={"type": "fsdp", "shard": "node"})
-    assert plan_memory(hybrid, plan, 8, 4) == two
-    away = plan_memory(recipe(strategy={"type": "fsdp", "offload": "cpu"}), plan, 2)
-    assert (away.weights, away.gradients, away.optimizer) == (0, 0, 0)
-    assert (away.gathered, away.activations) == (two.gathered, two.activations)
-
-
-def test_memory_by_stage_of_deepspeed(place):
-    """bfloat16 weights, whole until stage 3, lie beside a quarter of the fp32 ones; gradients are whole in stage 1."""
-    plan = model_plan(place)
-    stages = [plan_memory(recipe(strategy={"type": "deepspeed", "stage": stage}), plan, 4) for stage in (1, 2, 3)]
-    assert [memory.optimizer for memory in stages] == [2 * PARAMETERS] * 3
-    assert [memory.gradients for memory in stages] == [4 * PARAMETERS, PARAMETERS, PARAMETERS]
-    assert [memory.weights for memory in stages] == [3 * PARAMETERS, 3 * PARAMETERS, 1.5 * PARAMETERS]
-    assert [memory.gathered > 0 for memory in stages] == [False, False, True]
-    away = {"type": "deepspeed", "stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
-    offloaded = plan_memory(recipe(strategy=away), plan, 4)
-    assert offloaded.weights == offloaded.gradients == offloaded.optimizer == 0
-
-
-def test_memory_of_a_base_in_4_bits(place):
-    lora, qlora = (recipe(adapter={"type": kind, "rank": 4}) for kind in ("lora", "qlora"))
-    plain, packed = (plan_memory(one, model_plan(place, adapter=one.adapter.model_dump()), 1) for one in (lora, qlora))
-    linear = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
-    assert plain.weights - packed.weights == pytest.approx((2 - 36 / 64) * linear, abs=2)
-    assert plain.optimizer == packed.optimizer
+def a_plan_of(one, plan, ranks=1, nodes=1, machine=Machine(), device="cuda"):  # noqa: B008 - frozen
+    return plan_strategy(one, plan, WorldPlan(nodes, ranks // nodes, device), machine)
 
 
 def test_memory_of_an_unusual_configuration_is_unknown(place):
-    odd = {"model_type": "odd"}
-    assert isinstance(plan_memory(recipe(), from_headers(recipe(), odd, open_folder(str(place / "base"))), 1), Unknown)
+    odd = from_headers(recipe(), {"model_type": "odd"}, open_folder(str(place / "base")))
+    assert isinstance(a_plan_of(recipe(), odd), Unknown)
+
+
+def test_a_strategy_that_the_recipe_names_is_taken_and_what_does_not_fit_is_said(place):
+    model = model_plan(place)
+    fits = a_plan_of(recipe(strategy={"type": "ddp"}), model, machine=Machine(gpus=1, gpu_memory_bytes=10**9))
+    assert fits == a_plan_of(recipe(strategy={"type": "ddp"}), model)
+    assert (fits.chosen, fits.why, fits.warning) == ({"type": "ddp"}, "", "")
+    assert fits.memory.weights == 4 * PARAMETERS
+    assert fits.memory.optimizer == 8 * PARAMETERS
+    tight = Machine(gpus=1, gpu_memory_bytes=fits.memory.total - 1, memory_bytes=10**9)
+    warning = a_plan_of(recipe(strategy={"type": "ddp"}), model, machine=tight).warning
+    assert "By the estimate a rank takes" in warning and "train.activation_checkpointing: true" in warning
+    # Of a cluster elsewhere nothing is known here.
+    away = recipe(strategy={"type": "ddp"}, cluster={"type": "ray", "gpus_per_node": 1})
+    assert a_plan_of(away, model, machine=tight).warning == ""
+
+
+def test_auto_is_decided_by_the_machine_or_by_the_key(place):
+    short = {"train": [{"path": "rows.jsonl"}], "sequence_length": 8}  # so that weights are most of it
+    model, auto = model_plan(place), recipe(strategy={"type": "auto"}, data=short)
+    ddp = a_plan_of(recipe(strategy={"type": "ddp"}, data=short), model, ranks=4).memory
+    roomy = Machine(gpus=4, gpu_memory_bytes=2 * ddp.total, memory_bytes=10**12)
+    found = a_plan_of(auto, model, ranks=4, machine=roomy)
+    assert (found.chosen, found.memory, found.warning) == ({"type": "ddp"}, ddp, "")
+    assert "strategy auto: ddp: the whole model fits on every rank" in found.why
+    tight = recipe(strategy={"type": "auto", "memory_gb": ddp.total / 1e9}, data=short)
+    found = a_plan_of(tight, model, ranks=4, machine=roomy)
+    assert found.chosen["type"] == "fsdp"
+    assert "ddp would take" in found.why
+    none = recipe(strategy={"type": "auto", "memory_gb": 1e-6}, data=short)
+    found = a_plan_of(none, model, ranks=4, machine=roomy)
+    assert "nothing fits by the estimate" in found.why
+    assert "No single change of the recipe helps" in found.warning
+
+
+def test_auto_without_a_device_to_look_at_says_what_each_strategy_takes(place):
+    auto = recipe(strategy={"type": "auto"}, cluster={"type": "ray", "gpus_per_node": 8, "nodes": 2})
+    found = a_plan_of(auto, model_plan(place), ranks=16, nodes=2)
+    assert isinstance(found, Unknown)
+    for part in ("strategy.memory_gb", "ddp takes about", "fsdp {shard: node} takes about", "offload_optimizer: cpu}"):
+        assert part in str(found)
 
 
 def test_planned_tensors_add_up(place):
@@ -370,6 +376,12 @@ def test_json_has_everything(capsys, place):
     assert {"train.learning_rate", "checkpoint", "data.packing"} <= set(plan["defaults"])
     assert {"train.max_steps", "data.sequence_length", "model.dtype"} & set(plan["defaults"]) == set()
     assert plan["recipe"]["train"]["learning_rate"] == 2e-5
+    assert plan["strategy"]["chosen"]["type"] == "fsdp"
+    memory = plan["strategy"]["memory"]
+    assert (memory["weights"], memory["optimizer"]) == (4 * PARAMETERS, 8 * PARAMETERS)
+    assert plan["strategy"]["rank_bytes"] == sum(size for size in memory.values() if isinstance(size, int)) - (
+        memory["offloaded"] + memory["staging"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -400,9 +412,20 @@ def test_the_terminal_shows_every_default_and_figure(capsys, place):
     assert cli.main(["plan", "bot.yaml"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     wanted = ["learning_rate: 2e-05", "keep_last: 2", "1 rank on 1 node", "x 4 (accumulation)", "model.safetensors"]
-    wanted += ["saved while training waits"]
+    wanted += ["saved while training waits", "strategy fsdp", "a rank (an estimate, at its most in"]
     wanted += ["eval, text (found from its columns), 5 rows, 1 file of", "train, prompt_completion (found from"]
     assert [part for part in wanted if part not in out] == []
+
+
+def test_the_terminal_says_what_auto_chooses_and_why(capsys, place):
+    assert cli.main(["plan", "bot.yaml", "strategy={type: auto, memory_gb: 4}"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "strategy auto: ddp: the whole model fits on every rank, so nothing is gathered (about " in out
+    assert "of 3.2 GiB that may be used)" in out
+    assert cli.main(["plan", "bot.yaml", "strategy={type: auto}"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "strategy unknown: auto chooses by the memory of the run's devices, which strategy.memory_gb can say" in out
+    assert "ddp takes about" in out and "fsdp takes about" in out
 
 
 def test_what_is_held_out_is_shown(capsys, place):
