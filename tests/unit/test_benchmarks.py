@@ -14,7 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
     "step_overhead", "launch", "loss_memory", "packing", "order_scale", "packed_attention", "stream", "stream_resume",
-    "stream_memory", "checkpoint_save", "step_strategies",
+    "stream_memory", "checkpoint_save", "step_strategies", "plan_memory",
 )  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
