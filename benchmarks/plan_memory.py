@@ -50,6 +50,7 @@ class Row:
     train: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     rows: str = "short"
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -97,6 +98,10 @@ ROWS = (
     Row("adamw_8bit", train={"optimizer": "adamw_8bit"}),
     Row("adafactor", train={"optimizer": "adafactor"}),
     Row("muon", train={"optimizer": "muon"}),
+    Row("273 M parameters", model={"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 10}),
+    Row("Qwen3, tied embeddings", model={"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 128}),
+    Row("GPT-NeoX", model={"model_type": "gpt_neox"}),
+    Row("GPT-NeoX, recomputed", model={"model_type": "gpt_neox"}, train=AGAIN),
 )
 
 
@@ -157,32 +162,46 @@ class Comparison:
                 "ratios": ratios, "rows": [one.record() for one in self.found]}  # fmt: skip
 
 
-def make_place(place: Path, sizes: Mapping[str, int], seed: int) -> None:
-    """A random model with a tokenizer, and documents: most of them shorter than a sequence, or all longer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(**HEADS, **sizes, max_position_embeddings=4096, bos_token_id=None, eos_token_id=1)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(place / "model")
-    vocabulary = {word: number for number, word in enumerate(["[pad]", "[end]", "[unk]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(place / "model" / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[end]", "pad_token": "[pad]"}
-    (place / "model" / "tokenizer_config.json").write_text(json.dumps(about))
+def make_documents(place: Path, seed: int) -> None:
+    """Most of them shorter than a sequence, or all longer."""
     rng = random.Random(seed)
     for name, count, lengths in (("short", 400, (50, 700)), ("long", 40, (2100, 4000))):
         rows = ({"text": " ".join(rng.choices(WORDS, k=rng.randint(*lengths)))} for _ in range(count))
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def recipe_of(row: Row, place: Path, number: int) -> dict[str, Any]:
+def make_model(folder: Path, sizes: Mapping[str, Any], seed: int) -> None:
+    """A random model with a tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    about = {"model_type": "llama", "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 1}
+    config = AutoConfig.for_model(**(about | HEADS | sizes))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["[pad]", "[end]", "[unk]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[end]", "pad_token": "[pad]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+
+
+def model_of(row: Row, place: Path, options: argparse.Namespace) -> Path:
+    """The row's model; rows with the same share it."""
+    sizes = {**(TINY if options.quick else SIZES), **row.model}
+    folder = place / "-".join(["model", *(f"{name}={value}" for name, value in sorted(row.model.items()))])
+    if not folder.exists():
+        make_model(folder, sizes, options.seed)
+    return folder
+
+
+def recipe_of(row: Row, place: Path, model: Path, number: int) -> dict[str, Any]:
     """One step of two micro-batches a rank: the optimizer's state is there from the start."""
     recipe: dict[str, Any] = {
         "name": f"run-{number}",
-        "model": {"path": str(place / "model"), "dtype": row.dtype},
+        "model": {"path": str(model), "dtype": row.dtype},
         "method": {"type": "cpt"},
         "data": {
             "sequence_length": row.length,
@@ -205,13 +224,13 @@ class Ranks:
     processes: list[Any] = field(default_factory=list)
     lines: list[Any] = field(default_factory=list)
 
-    def measure(self, row: Row, place: Path, number: int) -> Found:
+    def measure(self, row: Row, place: Path, model: Path, number: int) -> Found:
         """One run; the rank that took most."""
         if len(self.lines) != row.ranks:
             self.close()
             self.start(row.ranks)
         for line in self.lines:
-            line.send(Job(recipe_of(row, place, number), row.nodes, f"file://{place}/store-{number}"))
+            line.send(Job(recipe_of(row, place, model, number), row.nodes, f"file://{place}/store-{number}"))
         worst = max((line.recv() for line in self.lines), key=lambda answer: int(answer["peak"]))
         return Found(row, worst["peak"], worst["kept"], worst["plan"])
 
@@ -240,6 +259,7 @@ def main() -> None:
     parser.add_argument("--done", type=Path, help="file of rows that are measured: they are not run again")
     parser.add_argument("--rows", nargs="+", help="numbers of the rows to run; by default all")
     options = parse(parser)
+    options.rounds = 1  # they are counts
     print_rows(options, measure_all(options))
 
 
@@ -250,10 +270,12 @@ def measure_all(options: argparse.Namespace) -> list[Found]:
         chosen = [ROWS[3]]
     found, ranks = [], Ranks()
     with tempfile.TemporaryDirectory(prefix="plan-memory-") as folder, contextlib.closing(ranks):
-        make_place(Path(folder), TINY if options.quick else SIZES, options.seed)
+        place = Path(folder)
+        make_documents(place, options.seed)
         for number, row in enumerate(chosen):
-            before = known(options, row, Path(folder))
-            found.append(before or ranks.measure(row, Path(folder), number))
+            model = model_of(row, place, options)
+            before = known(options, row, place, model)
+            found.append(before or ranks.measure(row, place, model, number))
             if before is None:
                 remember(options, found[-1])
             print(" | ".join(found[-1].cells()), flush=True)
@@ -268,7 +290,7 @@ def remember(options: argparse.Namespace, found: Found) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def known(options: argparse.Namespace, row: Row, place: Path) -> Found | None:
+def known(options: argparse.Namespace, row: Row, place: Path, model: Path) -> Found | None:
     """What an earlier run of this script measured, against the estimate of now."""
     if not options.done or not options.done.exists():
         return None
@@ -276,7 +298,7 @@ def known(options: argparse.Namespace, row: Row, place: Path) -> Found | None:
     measured = next((one for one in lines if one["row"] == row.name), None)
     if measured is None:
         return None
-    plan = planned(Recipe.model_validate(recipe_of(row, place, 0)), World(size=row.ranks, num_nodes=row.nodes))
+    plan = planned(Recipe.model_validate(recipe_of(row, place, model, 0)), World(size=row.ranks, num_nodes=row.nodes))
     return Found(row, measured["peak"], measured["kept"], plan)
 
 

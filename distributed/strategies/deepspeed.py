@@ -47,6 +47,7 @@ class DeepspeedEngine:
             self._engine: Any = self._deepspeed.initialize(
                 model=built.loss_model, optimizer=self._adamw, config=config, dist_init_required=False
             )[0]
+        compat.follow_mode(self._engine)
         layout = compat.Shards if self._strategy.stage == 3 else compat.Partitions
         self.module: nn.Module = self._engine
         self._layout = layout(self._engine.optimizer, self._adamw)

@@ -110,6 +110,19 @@ def _forget_earlier_run() -> None:
     torch.nn.functional.linear = getattr(Patched, "linear_bk", torch.nn.functional.linear)
 
 
+def follow_mode(engine: Any) -> None:
+    """Have the engine's `training` say in which mode its model is. Its own `train` and `eval` pass the mode on and keep
+    none, so that whoever looks would always read True, and leave dropout and recomputing off behind an evaluation."""
+    pass_on = engine.train
+
+    def train(mode: bool = True) -> Any:
+        pass_on(mode)
+        engine.training = mode
+        return engine
+
+    engine.train, engine.eval = train, lambda: train(False)
+
+
 class Partitions:
     """What a rank holds of trained tensors under ZeRO-1 and 2: pieces of one flat fp32 tensor per parameter group.
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  imported before the ranks are forked
 from harness import run_distributed
-from one_rank import Rank, alone
+from one_rank import Rank, alone, read_steps
 from peft import PeftModel
 from processes import run as run_command
 from processes import torchrun
@@ -187,6 +187,39 @@ def test_activation_checkpointing_changes_nothing(tmp_path, strategy):
     )
     plain_run, recomputed_run = train_all([plain, recomputed], 2)
     assert recomputed_run.losses == pytest.approx(plain_run.losses, rel=1e-6)
+
+
+def test_dropout_falls_as_under_fsdp_behind_an_evaluation(tmp_path):
+    """DeepSpeed's engine does not know in which mode its model is, and the probes before the first step evaluate. The
+    second step learns from what the first one made of other numbers."""
+    names = ["fsdp", "zero2", "zero3"]
+    adapter = {**LORA, "dropout": 0.4}
+    runs = train_all([recipe(tmp_path, name, name, steps=2, adapter=adapter) for name in names], 2)
+    [without] = train_all([recipe(tmp_path, "without", "zero2", steps=2, adapter=LORA)], 2)
+    for run in runs:
+        assert run.losses == pytest.approx(runs[0].losses, rel=SUM_TOLERANCE)
+        assert run.grad_norms[0] != pytest.approx(without.grad_norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_blocks_are_recomputed_where_the_recipe_says_so(tmp_path, strategy):
+    """Their forward pass begins a second time, in the backward pass, and ends when all is there that is wanted."""
+
+    def calls(again: bool) -> int:
+        one = recipe(tmp_path, f"again-{again}", strategy, 1, train={"activation_checkpointing": again})
+        with alone() as group:
+            rank = Rank.build(one)
+            rank.engine.module.eval()
+            assert not rank.engine.module.training
+            rank.engine.module.train()
+            assert rank.engine.module.training
+            counted: list[int] = []
+            rank.built.blocks()[0].mlp.register_forward_pre_hook(lambda *_: counted.append(1))
+            [step] = read_steps(one, group, 1)
+            rank.accumulate(step)
+            return len(counted) // len(step.micro_batches)
+
+    assert (calls(False), calls(True)) == (1, 2)
 
 
 def test_a_head_in_chunks_differs_between_ranks(tmp_path, monkeypatch):
