@@ -42,6 +42,11 @@ class Attempt:
     recipe: str = ""
     """This attempt's, as it is stored."""
 
+    @property
+    def key(self) -> str:
+        """What tells it from every other attempt of any run."""
+        return f"{self.run.url} {self.number}"
+
 
 def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str]) -> Attempt:
     """Open the run's directory, claim an attempt, and find where to continue.

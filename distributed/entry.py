@@ -26,11 +26,9 @@ from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from . import group as groups
 from . import storage
-from .adapter_start import start_adapter
 from .again import Flags, decide, gather
 from .attempt import Attempt, begin_attempt, take_over_recipe
 from .checkpoint.content import Content
-from .checkpoint.reader import CheckpointReader
 from .checkpoint.save import CheckpointWriter
 from .checkpoint.shared import share_local_folder
 from .checkpoint.staging import Staging
@@ -47,16 +45,14 @@ from .monitor import Monitor, PlainMonitor
 from .optimizers.table import layout_note
 from .probes import check_packing, check_positions, choose_attention, choose_head
 from .published import base_of, published_files, read_base
-from .quantized import QuantizingReader
-from .resume import load_newest
 from .run_data import RunData, open_data
 from .run_directory import Outcome, RunDirectory
 from .save_mode import agree_on_mode
 from .saver import Saver, parts_of
 from .schedule import Extent
+from .start_weights import load_weights
 from .strategies.base import Engine
 from .strategies.table import prepare
-from .weights import check_base
 from .world import World
 
 
@@ -165,7 +161,7 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
     recipe = chosen.recipe
     with within_memory(world, "laying out the model", chosen.advise):
         engine = prepare(built, recipe, world)
-    state = _load(recipe, built, engine, folder, attempt, group, recorder)
+    state = load_weights(recipe, built, engine, folder, attempt, group, recorder)
     extent, states = _where(state, data, recorder)
     stream = group.alike(lambda: data.training_stream(states), "continuing the training data")
     with within_memory(world, "trying the model out", chosen.advise):
@@ -260,41 +256,21 @@ def _find_folder(recipe: Recipe, attempt: Attempt, group: Group) -> ModelFolder:
     the latest checkpoint of a run is, rank 0 decides."""
     path, revision = recipe.model.path, recipe.model.revision
     url = group.from_main(lambda: _base_url(recipe, attempt), "looking for the model")
-    return group.alike(lambda: find_model(path, revision) if is_hub_id(path) else ModelFolder(url), "finding the model")
+    pickles = recipe.model.allow_pickle
+    return group.alike(
+        lambda: find_model(path, revision, pickles=pickles) if is_hub_id(path) else ModelFolder(url),
+        "finding the model",
+    )
 
 
 def _base_url(recipe: Recipe, attempt: Attempt) -> str:
     """Where the base model is. An adapter of a run's checkpoint stays with that one when the run has gone on since."""
-    folder = find_model(recipe.model.path, recipe.model.revision)
+    folder = find_model(recipe.model.path, recipe.model.revision, pickles=recipe.model.allow_pickle)
     if recipe.adapter is None or attempt.resume is None or folder.url == recipe.model.path:
         return folder.url
     stored = read_base(attempt.run.path(attempt.resume.directory))
     earlier = ModelFolder(storage.join(recipe.model.path, stored.rpartition("/")[2]))
     return stored if base_of(recipe, earlier) == stored else folder.url
-
-
-def _load(
-    recipe: Recipe,
-    built: BuiltModel,
-    engine: Engine,
-    folder: ModelFolder,
-    attempt: Attempt,
-    group: Group,
-    recorder: Recorder | None,
-) -> dict[str, Any] | None:
-    """Weights from the newest checkpoint or else from where the run starts; the state to continue from, if any."""
-
-    def load_base() -> None:
-        if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
-            reader = QuantizingReader(CheckpointReader(folder.url), built.packed, group.world.device)
-            check_base(built, reader)
-            engine.load_base(reader)
-
-    group.alike(load_base, "loading weights")
-    state = load_newest(engine, built.has_adapter, attempt, group, recorder)
-    if attempt.resume is None and built.has_adapter:
-        start_adapter(engine, built, recipe, CheckpointReader(folder.url), group)
-    return state
 
 
 def _where(

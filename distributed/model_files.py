@@ -20,8 +20,13 @@ from .checkpoint.commit import COMMITS, resolve
 SMALL_FILES = re.compile(r".*\.(json|jinja|txt|model)$")
 """Configuration, tokenizer and template files: everything beside the weights that belongs to a model."""
 
-NOT_COPIED = re.compile(r".*(\.index\.json|^MANIFEST\.json|^EXPORT\.json|^adapter_config\.json|trainer_state\.json)$")
+NOT_COPIED = re.compile(
+    r".*(\.index\.json|^MANIFEST\.json|^EXPORT\.json|^IMPORT\.json|^adapter_config\.json|trainer_state\.json)$"
+)
 """Small files that describe one folder's own weights, and so are not handed on to a new checkpoint."""
+
+WEIGHTS = ("*.safetensors",)
+PICKLES = ("pytorch_model*.bin",)
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
@@ -81,17 +86,21 @@ def template_text(chat_template: str) -> str:
     return path.read_text() if chat_template.endswith(".jinja") else chat_template
 
 
-def find_model(path: str, revision: str | None = None, *, weights: bool = True) -> ModelFolder:
+def find_model(path: str, revision: str | None = None, *, weights: bool = True, pickles: bool = False) -> ModelFolder:
     """The folder that `model.path` (or `model.tokenizer`) means.
 
     A run directory means its latest committed checkpoint. A hub id is downloaded into the hub's own cache; with
-    `weights=False` only the small files are. Raises UserError for what does not exist.
+    `weights=False` only the small files are; with `pickles` pickled weights too, where it has no others.
+    Raises UserError for what does not exist.
     """
     if "://" in path or Path(path).is_dir():
         return ModelFolder(_inside_a_run(path))
     if not is_hub_id(path):
         raise UserError(f"model.path: there is no folder {path!r} (and it is not the name of a model on a hub).")
-    return ModelFolder(_from_hub(path, revision, weights=weights))
+    folder = _from_hub(path, revision, weights=WEIGHTS if weights else ())
+    if pickles and weights and not any(Path(folder).glob("*.safetensors")):
+        folder = _from_hub(path, revision, weights=PICKLES)
+    return ModelFolder(folder)
 
 
 def is_hub_id(path: str) -> bool:
@@ -115,7 +124,7 @@ def _inside_a_run(url: str) -> str:
         raise UserError(f"model.path: {error}") from error
 
 
-def _from_hub(path: str, revision: str | None, *, weights: bool) -> str:
+def _from_hub(path: str, revision: str | None, *, weights: tuple[str, ...]) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -125,7 +134,7 @@ def _from_hub(path: str, revision: str | None, *, weights: bool) -> str:
         RevisionNotFoundError,
     )
 
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *weights]
     try:
         return str(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -12,6 +12,7 @@ from .checkpoint.commit import CommitRecord, latest_resumable, set_aside
 from .checkpoint.manifest import DamagedError
 from .group import Group
 from .metrics import Recorder
+from .node_share import shared_on_node
 from .saver import load_parts, read_state
 from .strategies.base import Engine
 
@@ -25,7 +26,7 @@ def load_newest(
     record = attempt.resume
     while record is not None:
         directory = attempt.run.path(record.directory)
-        act = partial(_try, engine, directory, has_adapter)
+        act = partial(_try, engine, directory, has_adapter, attempt, group)
         (state, problem), [damaged] = group.act_and_sum(act, width=1, doing="loading weights")
         if not damaged:
             return state
@@ -34,9 +35,12 @@ def load_newest(
     return None
 
 
-def _try(engine: Engine, directory: str, has_adapter: bool) -> tuple[tuple[dict[str, Any] | None, str], list[float]]:
+def _try(
+    engine: Engine, directory: str, has_adapter: bool, attempt: Attempt, group: Group
+) -> tuple[tuple[dict[str, Any] | None, str], list[float]]:
     try:
-        load_parts(engine, directory, has_adapter)
+        with shared_on_node(directory, group.world, attempt.key) as share:
+            load_parts(engine, directory, has_adapter, share)
         return (read_state(directory), ""), [0]
     except DamagedError as error:
         return (None, str(error)), [1]

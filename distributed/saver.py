@@ -15,6 +15,7 @@ from ..recipes.schema import Recipe
 from .background import Work
 from .checkpoint.commit import add_metrics
 from .checkpoint.content import Content
+from .checkpoint.fetch import Share
 from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
@@ -213,14 +214,14 @@ def read_state(directory: str) -> dict[str, Any]:
     return state
 
 
-def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
+def load_parts(engine: Engine, directory: str, has_adapter: bool, share: Share | None = None) -> None:
     """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
     against the manifest's checksums. Raises DamagedError for bytes that are not what was written, and UserError for a
     checkpoint of another model, adapter or optimizer."""
     files = read_manifest(directory).files
     stems = {part: stem_of(part, has_adapter) for part in engine.parts}
-    _refuse_missing(directory, stems.values(), files)
-    readers = {part: _checked_reader(directory, stem, files) for part, stem in stems.items()}
+    refuse_missing(directory, stems.values(), files)
+    readers = {part: checked_reader(directory, stem, files, share) for part, stem in stems.items()}
     check_stored(directory, {one.spec.name: one.spec.shape for one in engine.fragments("model")}, readers["model"])
     for part, reader in readers.items():
         engine.load(part, reader)
@@ -229,13 +230,16 @@ def load_parts(engine: Engine, directory: str, has_adapter: bool) -> None:
     engine.load_optimizer_state(read_state(directory)["optimizer"])
 
 
-def _checked_reader(directory: str, stem: str, files: Sequence[FileRecord]) -> CheckpointReader:
+def checked_reader(
+    directory: str, stem: str, files: Sequence[FileRecord], share: Share | None = None
+) -> CheckpointReader:
+    """A part of a checkpoint, held against the manifest's checksums as it is read."""
     prefix = path_of(stem, "")
     spans = {file.path.removeprefix(prefix): file.spans for file in files if file.path.startswith(prefix)}
-    return CheckpointReader(folder_of(directory, stem), stem, spans)
+    return CheckpointReader(folder_of(directory, stem), stem, spans, share)
 
 
-def _refuse_missing(directory: str, stems: Iterable[str], files: Sequence[FileRecord]) -> None:
+def refuse_missing(directory: str, stems: Iterable[str], files: Sequence[FileRecord]) -> None:
     """Where --accept-changes let another optimizer in."""
     paths = [file.path for file in files]
     starts = {stem: (path_of(stem, f"{stem}."), path_of(stem, f"{stem}-")) for stem in stems}

@@ -14,7 +14,7 @@ from .storage_list import exists, info, is_folder, list_files, list_names
 from .storage_log import REWRITE_EVERY_S, LineLog, complete_lines
 from .storage_parts import PartMark, PartUploads, part_bytes, takes_parts
 from .storage_place import NO_OPTIONS, FileInfo, filesystem, is_local, join, local_path, options_text
-from .storage_read import read_bytes, read_file, read_range
+from .storage_read import read_bytes, read_file, read_into, read_range
 from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
 from .storage_throttle import request_counts
 from .storage_write import (
@@ -60,6 +60,7 @@ __all__ = [
     "part_bytes",
     "read_bytes",
     "read_file",
+    "read_into",
     "read_range",
     "request_counts",
     "retrying",

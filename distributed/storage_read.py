@@ -10,7 +10,7 @@ from typing import Any
 from ..recipes.errors import UserError
 from .storage_errors import protocol
 from .storage_list import etag_of, local_etag, look_at
-from .storage_place import SAME_AS, FileInfo, filesystem, local_path
+from .storage_place import SAME_AS, FileInfo, filesystem, is_local, local_path
 from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
 
 PART_BYTES = 32 * 2**20
@@ -28,6 +28,24 @@ def read_range(url: str, start: int, stop: int, retry: RetryPolicy = RETRY) -> b
     return retrying(
         "read", url, lambda: _whole(url, bytes(fs.cat_file(path, start=start, end=stop)), start, stop), retry
     )
+
+
+def read_into(url: str, start: int, target: memoryview, retry: RetryPolicy = RETRY) -> None:
+    """Fill `target` with the bytes of a file from `start` on; on a local disk without another copy of them."""
+    if not is_local(url):
+        target[:] = read_range(url, start, start + len(target), retry)
+        return
+
+    def read() -> None:
+        with local_path(url).open("rb", buffering=0) as file:
+            place = 0
+            while place < len(target):
+                count = os.preadv(file.fileno(), [target[place:]], start + place)
+                if not count:
+                    raise ShortReadError(f"got {place} of bytes {start} to {start + len(target)}")
+                place += count
+
+    retrying("read", url, read, retry)
 
 
 def read_bytes(url: str, retry: RetryPolicy = RETRY) -> bytes:

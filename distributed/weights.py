@@ -23,7 +23,7 @@ def check_base(built: BuiltModel, reader: FragmentReader) -> None:
         for name, there in built.base.items()
         if there in stored and reader.spec(there).shape != built.shapes[name]
     ]
-    _refuse_stored_buffers(built, reader, stored)
+    refuse_stored_buffers(built, reader, stored)
     if missing or shapes:
         raise UserError(
             "model.path: the weights do not fit config.json.\n"
@@ -54,7 +54,7 @@ def check_stored(directory: str, shapes: Mapping[str, tuple[int, ...]], reader: 
         )
 
 
-def _refuse_stored_buffers(built: BuiltModel, reader: FragmentReader, stored: Set[str]) -> None:
+def refuse_stored_buffers(built: BuiltModel, reader: FragmentReader, stored: Set[str]) -> None:
     """Buffers are computed, neither loaded nor saved: one that holds something learned (gemma4's layer_scalar) would be
     lost without a word. Raises UserError for those."""
     buffers = {

@@ -24,6 +24,7 @@ OPTIONS_WITH_VALUES = frozenset(
         "--gguf-converter",
         "--steps",
         "--ranks",
+        "--base",
     }
 )
 """Options whose next word is their value, over all verbs: a verb may come after them."""

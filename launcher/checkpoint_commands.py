@@ -1,4 +1,4 @@
-"""Commands that turn checkpoints into what other programs read. Parsing only, as in `cli.py`."""
+"""Commands about checkpoints of other programs, and for them. Parsing only, as in `cli.py`."""
 
 from __future__ import annotations
 
@@ -41,3 +41,37 @@ def export(
 
     converter = find_converter(gguf_converter) if gguf or gguf_converter else None
     return export_checkpoint(checkpoint, to, Wanted(merge_adapter, dtype, overwrite, converter))
+
+
+def import_checkpoint(
+    source: str,
+    /,
+    *,
+    to: str,
+    base: str | None = None,
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None,
+    training: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Turn a checkpoint of DeepSpeed, of torch.distributed.checkpoint, or pickled weights into one of ours.
+
+    Parameters
+    ----------
+    source
+        A folder on this machine: DeepSpeed's (any ZeRO stage), DCP's (`.metadata`), the Trainer's `checkpoint-N` with
+        either of them, or one with `pytorch_model.bin`. Nothing that its files hold is run.
+    to
+        An empty or new folder or URL. The same import, broken off earlier, goes on.
+    base
+        Whose config.json and tokenizer: a hub id, a folder or a URL; by default those beside SOURCE.
+    dtype
+        Of the weights; by default the one that the model computed in, or as they are stored.
+    training
+        Keep AdamW's moments and fp32 weights too, for model.keep_optimizer_state.
+    overwrite
+        Replace an earlier import that lies there (and nothing else).
+    """
+    from .import_checkpoint import Wanted
+    from .import_checkpoint import import_checkpoint as import_foreign
+
+    return import_foreign(source, to, Wanted(base, dtype, training, overwrite))

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from ..recipes.errors import FtlaunchError, UserError
 from ..recipes.problems import Origin, located
 from .arguments import arrange
-from .checkpoint_commands import export
+from .checkpoint_commands import export, import_checkpoint
 from .cli_runs import attach, logs, status, stop, verify
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
     return pull_checkpoint(run, folder, training=training)
 
 
-for command in (verify, status, logs, attach, stop, export):
+for command in (verify, status, logs, attach, stop, export, import_checkpoint):
     app.command(command)
 
 
@@ -325,6 +325,7 @@ VERBS = (
     "pull",
     "verify",
     "export",
+    "import-checkpoint",
     "status",
     "logs",
     "attach",

@@ -4,7 +4,7 @@ where it shall be. Nothing but a few blocks of tensors is ever held."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +20,17 @@ from ..distributed.checkpoint.manifest import (
     record_bytes,
 )
 from ..distributed.checkpoint.reader import CheckpointReader
-from ..distributed.checkpoint.verify import sample_problems, size_problems
 from ..distributed.merging import MergedTensors, StoredTensors, TensorStream, in_dtype, structure_of
 from ..distributed.model_files import ModelFolder, is_hub_id
 from ..distributed.model_writer import write_weights
 from ..distributed.reopen import ADAPTER_CONFIG, base_folder
 from ..distributed.run_directory import RunDirectory
-from ..recipes.errors import InfrastructureError, UserError
+from ..recipes.errors import UserError
 from ..recipes.load import parse_recipe_text
 from . import units
 from .check_progress import Counted, byte_progress
 from .export_gguf import Converter, GgufFile, local_folder
-from .export_target import Target
+from .export_target import EXPORT, IMPORT, Target, read_back
 from .history import read_record
 from .locate import Located, locate
 from .model_card import CardFacts, license_of, model_card
@@ -87,7 +86,7 @@ def export(reference: str, to: str, wanted: Wanted) -> int:
     failure = _convert(gguf, records) if gguf else None
     manifest = Manifest(source.manifest.step, source.manifest.attempt, tuple(records))
     target.finish(manifest)
-    _read_back(to, manifest)
+    read_back(to, manifest)
     if failure is not None:
         raise failure
     total = sum(record.size for record in records)
@@ -114,8 +113,8 @@ def _is_small(file: FileRecord) -> bool:
     return not file.path.endswith((".safetensors", ".safetensors.index.json")) and file.path not in NOT_TAKEN_OVER
 
 
-NOT_TAKEN_OVER = frozenset({CARD, "EXPORT.json"})
-"""Of a folder that is an export itself."""
+NOT_TAKEN_OVER = frozenset({CARD, EXPORT.note, IMPORT.note})
+"""Of a folder that is an export or an import itself."""
 
 
 def _read(directory: str, file: FileRecord) -> bytes:
@@ -162,10 +161,10 @@ def _small_files(source: Source, files: FileSet, wanted: Wanted, *, untied: bool
     if source.base is not None:
         small.pop(ADAPTER_CONFIG)
         small = source.base.small_files() | small
-        small["config.json"] = _as_json(source.base.config)
+        small["config.json"] = as_json(source.base.config)
     if "config.json" in small:
         changes = {"dtype": _dtype_of(files)} | ({"tie_word_embeddings": False} if untied else {})
-        small["config.json"] = _as_json(_with(json.loads(small["config.json"]), changes))
+        small["config.json"] = as_json(with_changes(json.loads(small["config.json"]), changes))
     if (index := files.index()) is not None:
         small[files.index_name] = index
     small[CARD] = model_card(card_facts(source, files, merged=wanted.merge_adapter)).encode()
@@ -180,18 +179,18 @@ def _dtype_of(files: FileSet) -> str:
     return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])].torch_name if sizes else "float32"
 
 
-def _with(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def with_changes(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A model's configuration with these keys; in the parts of a composed one where they are there already. The old
     name of `dtype` goes, since it would contradict."""
     changed = {
-        key: _with(value, {k: v for k, v in changes.items() if k in value}) if isinstance(value, dict) else value
+        key: with_changes(value, {k: v for k, v in changes.items() if k in value}) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != "torch_dtype"
     }
     return changed | dict(changes)
 
 
-def _as_json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
@@ -270,9 +269,3 @@ def _write(target: Target, files: FileSet, tensors: TensorStream, small: Mapping
         storage.write_bytes(storage.join(target.url, name), data)
         target.records[name] = record_bytes(name, data)
     return [target.records[name] for name in sorted(target.records)]
-
-
-def _read_back(to: str, manifest: Manifest) -> None:
-    problems: Sequence[str] = size_problems(to, manifest.files) or list(sample_problems(to, manifest, seed=to))
-    if problems:
-        raise InfrastructureError(f"the export does not read back as it was written: {'; '.join(problems)}")

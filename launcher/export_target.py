@@ -1,19 +1,29 @@
-"""Where an export goes: an empty place, or one where the same export was broken off, which is then gone on with."""
+"""Where an export or an import goes: an empty place, or one where it was broken off, which is then gone on with."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..distributed import storage
 from ..distributed.checkpoint.layout import StoredFile
 from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Span, record_bytes
-from ..recipes.errors import UserError
+from ..distributed.checkpoint.verify import sample_problems, size_problems
+from ..recipes.errors import InfrastructureError, UserError
 
-NOTE = "EXPORT.json"
-"""What makes a folder an export of ours; until there is a manifest it also says which files are done."""
+
+class Kind(NamedTuple):
+    """What is made. `note`: the file that makes a folder one of ours; until there is a manifest it also says which
+    files are done."""
+
+    noun: str
+    note: str
+
+
+EXPORT = Kind("export", "EXPORT.json")
+IMPORT = Kind("import", "IMPORT.json")
 
 
 @dataclass
@@ -26,25 +36,28 @@ class Target:
     """Names of all files but the manifest and the note."""
     records: dict[str, FileRecord] = field(default_factory=dict)
     """Files that are there, whole."""
+    kind: Kind = EXPORT
 
     @classmethod
-    def begin(cls, url: str, identity: Mapping[str, Any], planned: Sequence[str], *, overwrite: bool) -> Target:
-        """Raises UserError for a place that holds anything but an export of ours that may be gone on with. Files that
+    def begin(
+        cls, url: str, identity: Mapping[str, Any], planned: Sequence[str], *, overwrite: bool, kind: Kind = EXPORT
+    ) -> Target:
+        """Raises UserError for a place that holds anything but one of our kind that may be gone on with. Files that
         are not ours are never deleted."""
         if storage.exists(url) and not storage.is_folder(url):
             raise UserError(f"--to {url} is a file; name a new or empty folder")
         storage.check_writable(url, setting="--to")
         names = set(storage.list_names(url))
-        note = _read_note(url) if NOTE in names else None
+        note = _read_note(url, kind) if kind.note in names else None
         finished = MANIFEST_NAME in names
-        target = cls(url, identity, planned)
+        target = cls(url, identity, planned, kind=kind)
         if note is None and names:
             listed = ", ".join(sorted(names)[:5])
             raise UserError(f"--to {url}: something else is there already ({listed}); name a new or empty place")
         if note is not None and not finished and note["identity"] == identity:
             target.records = {name: _record(name, raw) for name, raw in note["files"].items()}
         elif note is not None and not overwrite:
-            state = "a finished export" if finished else "another export that was broken off"
+            state = f"a finished {kind.noun}" if finished else f"another {kind.noun} that was broken off"
             raise UserError(
                 f"--to {url}: {state} is there already; name another place, or write over it with --overwrite"
             )
@@ -71,15 +84,15 @@ class Target:
 
     def finish(self, manifest: Manifest) -> None:
         """All is there; from now on it can be verified."""
-        note = storage.read_bytes(storage.join(self.url, NOTE))
-        files = sorted((*manifest.files, record_bytes(NOTE, note)), key=lambda file: file.path)
+        note = storage.read_bytes(storage.join(self.url, self.kind.note))
+        files = sorted((*manifest.files, record_bytes(self.kind.note, note)), key=lambda file: file.path)
         whole = Manifest(manifest.step, manifest.attempt, tuple(files))
         storage.write_bytes(storage.join(self.url, MANIFEST_NAME), whole.to_bytes())
 
     def _write_note(self) -> None:
         files = {name: {"size": record.size, "spans": record.spans} for name, record in self.records.items()}
         content = {"format": 1, "identity": dict(self.identity), "planned": list(self.planned), "files": files}
-        storage.write_bytes(storage.join(self.url, NOTE), json.dumps(content).encode() + b"\n")
+        storage.write_bytes(storage.join(self.url, self.kind.note), json.dumps(content).encode() + b"\n")
 
     def _clear_temporaries(self, names: set[str]) -> None:
         """What a process that was killed was writing."""
@@ -88,8 +101,15 @@ class Target:
                 storage.delete_tree(storage.join(self.url, name))
 
 
-def _read_note(url: str) -> dict[str, Any]:
-    place = storage.join(url, NOTE)
+def read_back(to: str, manifest: Manifest) -> None:
+    """Every size, and a sample of the content. Raises InfrastructureError for what is not as it was written."""
+    problems: Sequence[str] = size_problems(to, manifest.files) or list(sample_problems(to, manifest, seed=to))
+    if problems:
+        raise InfrastructureError(f"{to} does not read back as it was written: {'; '.join(problems)}")
+
+
+def _read_note(url: str, kind: Kind) -> dict[str, Any]:
+    place = storage.join(url, kind.note)
     try:
         note: dict[str, Any] = json.loads(storage.read_bytes(place))
         if note["format"] != 1:

@@ -90,7 +90,7 @@ def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
     recipe = loaded.recipe
     if not is_hub_id(recipe.model.path):
         folder = find_model(recipe.model.path)
-        if recipe.model.init == "pretrained":
+        if recipe.model.init == "pretrained" and not recipe.model.allow_pickle:
             open_folder(folder.url)
     return index_data(recipe, run, begin=lambda: run.store_recipe(dump_recipe(recipe, loaded.secrets)))
 

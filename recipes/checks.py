@@ -137,6 +137,17 @@ def adapter_on_pretrained(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("adapter", "an adapter on a randomly initialised model", remedy)
 
 
+def optimizer_state_of_a_whole_model(recipe: Recipe) -> Iterator[Problem]:
+    """Moments belong to weights that are there, and that are trained."""
+    if not recipe.model.keep_optimizer_state:
+        return
+    key = "model.keep_optimizer_state"
+    if recipe.adapter is not None:
+        yield Problem(key, "an adapter's tensors are new, and have no state", "leave one of the two out")
+    if recipe.model.init == "random":
+        yield Problem(key, "weights that are drawn have no state", "leave it out, or start from pretrained weights")
+
+
 def target_spelling(recipe: Recipe) -> Iterator[Problem]:
     """A single text is a regular expression: it must be one, and a module's bare name would fit no whole name."""
     if recipe.adapter is None or not isinstance(targets := recipe.adapter.target_modules, str):
@@ -293,6 +304,7 @@ CHECKS: tuple[Check, ...] = (
     Check(betas_of_adamw, ("train",)),
     Check(layers_without_adapter, ("model", "adapter")),
     Check(adapter_on_pretrained, ("model", "adapter")),
+    Check(optimizer_state_of_a_whole_model, ("model", "adapter")),
     Check(target_spelling, ("adapter",)),
     Check(adapter_within_the_weights, ("adapter", "train")),
     Check(best_by_some_metric, ("checkpoint", "evaluate", "data")),

@@ -23,6 +23,7 @@ KINDS: dict[str, Kind] = {
     "name": "continues",  # the run was found by it
     "model": "stops",  # other weights, tokens or trainable parameters
     "model.attention": "continues",  # the same function by another kernel
+    "model.allow_pickle": "continues",  # the same weights, read otherwise
     "adapter": "stops",  # another set of trainable tensors, or another scale
     "method": "stops",  # another objective
     "data": "stops",  # other rows, or the same in another order; eval sets too: losses would not be comparable

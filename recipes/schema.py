@@ -24,8 +24,15 @@ class Model(Section):
     """Hub id, folder, or any fsspec URL that holds config.json and safetensors weights."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; None: the hub's default branch."""
+    allow_pickle: bool = False
+    """Read weights that are there as pickle only (`pytorch_model.bin`), from a local disk or a hub. Nothing but tensors
+    is taken from them, and nothing in them is run; import-checkpoint turns them into safetensors once and for all."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws every weight from (train.seed, tensor name) and needs only config.json and a tokenizer."""
+    keep_optimizer_state: bool = False
+    """Start with the optimizer's state and the fp32 weights that lie beside the weights (in `training/`: of one of our
+    checkpoints, or of one from import-checkpoint --training) rather than with a new optimizer. Steps, schedule and data
+    begin anew all the same. Not with an adapter."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype and the dtype of the published weights. Trainable master weights are fp32 either way."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

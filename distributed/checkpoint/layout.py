@@ -309,9 +309,12 @@ def _no_weights(url: str, stem: str, present: Iterable[str]) -> str:
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
     if pickled:
         return (
-            f"{url} holds its weights as pickle ({', '.join(pickled[:3])}), which can run any code when it is opened "
-            f"and is not read. Convert it once, where you trust it: "
-            f"AutoModelForCausalLM.from_pretrained({url!r}).save_pretrained(NEW_FOLDER)."
+            f"{url} holds its weights as pickle ({', '.join(pickled[:3])}), which is not read unless you say so: "
+            "opened as usual it can run any code. Take its tensors out, without running anything, by "
+            f"ftlaunch import-checkpoint {url} --to NEW_FOLDER; or set model.allow_pickle: true."
         )
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") if names else "nothing"
-    return f"{url} has no {stem}.safetensors and no {stem}-00001-of-....safetensors. There is: {listed}."
+    there = f"{url} has no {stem}.safetensors and no {stem}-00001-of-....safetensors. There is: {listed}."
+    # Of a model on a hub pickled weights are not even fetched.
+    pickled_on_hub = " If a hub has them as pytorch_model.bin only, model.allow_pickle: true fetches and reads those."
+    return there + (pickled_on_hub if stem == "model" and "config.json" in names else "")

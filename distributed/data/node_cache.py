@@ -73,7 +73,7 @@ class BlockReader:
         path = self._place.folder / f"{block}.arrow"
         table = _mapped(path)
         if table is None:
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 table = _mapped(path)  # another process may have been first
                 if table is None:
                     decoded = self._decode(block)
@@ -112,7 +112,7 @@ def _stored(table: Any, path: Path, place: NodePlace) -> Any | None:
 def _make_room(nbytes: int, place: NodePlace) -> bool:
     if nbytes > place.max_bytes:
         return False
-    with _locked(place.folder / "room.lock"):
+    with locked(place.folder / "room.lock"):
         stored = [(path, path.stat()) for path in place.folder.glob("*.arrow")]
         total = sum(status.st_size for _, status in stored)
         for path, status in sorted(stored, key=lambda one: one[1].st_mtime_ns):
@@ -196,8 +196,8 @@ def _sweep(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; a killed process lets go of it."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file for the block; a killed process lets go of it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -24,7 +24,7 @@ def test_the_smallest_recipe_is_valid(readme):
 
 
 def test_every_command_is_listed(readme):
-    listed = set(re.findall(r"^\| `ftlaunch ([a-z]+)\b", readme, re.MULTILINE))
+    listed = set(re.findall(r"^\| `ftlaunch ([a-z-]+)\b", readme, re.MULTILINE))
     assert listed == {name for name in app if not name.startswith("-")}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub import Hub, serving
 from processes import rank_alone, run, torchrun
+from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer, recipe_for, text_rows, write_parquet, write_recipe
 from training import read_run, train_all
 
@@ -63,6 +66,31 @@ def test_a_run_trains_on_data_of_the_hub_as_on_the_same_files_here(hub: Hub, tmp
     assert len(by_name.losses) == 3
     assert by_name.losses == local.losses
     assert any(f"/resolve/{commit}/data/train-0.parquet" in path for path in hub.asked)
+
+
+FIND = """
+import json
+from ftlaunch.distributed.model_files import find_model
+found = [find_model(path, pickles=pickles).names for path in ("acme/pickled", "acme/both") for pickles in (False, True)]
+print(json.dumps([[name for name in names if "model" in name] for names in found]))
+"""
+
+
+def test_pickled_weights_are_fetched_only_where_that_is_said(hub: Hub, tmp_path):
+    """And not beside safetensors."""
+    folder = a_model(tmp_path / "pickled", seed=1)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    hub.push("acme/both", folder)
+    (folder / "model.safetensors").unlink()
+    hub.push("acme/pickled", folder)
+    code, output = run([sys.executable, "-c", FIND], tmp_path, hub.environment(tmp_path / "home"))
+    assert code == 0, output
+    assert json.loads(output.splitlines()[-1]) == [
+        [],
+        ["pytorch_model.bin"],
+        ["model.safetensors"],
+        ["model.safetensors"],
+    ]
 
 
 def test_what_is_not_on_the_hub_is_named(hub: Hub, tmp_path):

@@ -174,7 +174,7 @@ def test_a_folder_without_safetensors_says_what_is_there(tmp_path):
     with pytest.raises(UserError, match=r"no model\.safetensors.*There is: config\.json"):
         open_folder(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pickle \(pytorch_model\.bin\).*save_pretrained"):
+    with pytest.raises(UserError, match=r"pickle \(pytorch_model\.bin\).*import-checkpoint .*model.allow_pickle: true"):
         open_folder(str(tmp_path))
     with pytest.raises(UserError, match="There is: nothing"):
         open_folder(str(tmp_path / "nowhere"))

@@ -139,6 +139,18 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"model": {"path": "m", "train_layers": ["*"]}},
         )
     ],
+    "optimizer_state_of_a_whole_model": [
+        (
+            {"model": {"path": "m", "keep_optimizer_state": True}, "adapter": {}},
+            "model.keep_optimizer_state",
+            {"model": {"path": "m", "keep_optimizer_state": True}},
+        ),
+        (
+            {"model": {"path": "m", "keep_optimizer_state": True, "init": "random"}},
+            "model.keep_optimizer_state",
+            {"model": {"path": "m", "init": "random"}},
+        ),
+    ],
     "adapter_on_pretrained": [
         (
             {"model": {"path": "m", "init": "random"}, "adapter": {}},
