@@ -179,7 +179,8 @@ def test_an_upload_that_fails_leaves_earlier_checkpoints_and_nothing_of_its_own(
     proxy.rates = {}
     assert [record.step for record in list_commits(run, pytest.fail)] == [5]
     assert verify_checkpoint(storage.join(run, "step-000005.a1")) == []
-    assert storage.list_names(storage.join(run, "step-000010.a1")) == []
+    # A record whose answer was lost may be there all the same, so that what it would name is not taken away.
+    assert (storage.list_names(storage.join(run, "step-000010.a1")) == []) == (what != "the record")
     bucket = run.removeprefix("s3://").partition("/")[0]
     unfinished = urllib.request.urlopen(f"{server}/{bucket}?uploads").read()
     assert b"<UploadId>" not in unfinished
