@@ -14,7 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = (
     "step_overhead", "launch", "loss_memory", "packing", "order_scale", "packed_attention", "stream", "stream_resume",
-    "stream_memory", "checkpoint_save", "step_strategies", "plan_memory",
+    "stream_memory", "checkpoint_save", "checkpoint_load", "step_strategies", "plan_memory",
 )  # fmt: skip
 LIGHT = {
     "launch": ["--only", "light"],
@@ -22,6 +22,7 @@ LIGHT = {
     "stream": ["--peers", "hf_datasets"],
     "stream_resume": ["--sides", "ours"],
     "checkpoint_save": ["--ranks", "2"],
+    "checkpoint_load": ["--ranks", "1", "--sides", "raw", "ours_fsdp", "dcp"],
     "step_strategies": ["--strategies", "fsdp"],
 }
 """A launch is tested elsewhere; starting Ray once more would prove nothing here. Most peers of the stream need
