@@ -26,8 +26,8 @@ from harness import Rounds, Table, arguments, interleave, parse, write_results
 from load_ranks import SIDES, WRITERS, Turn, serve
 
 CLAIM = (
-    "A checkpoint of 2 ranks is gone on with at any world size, without a conversion, with fewer bytes read and in less "
-    "time and memory than dcp.load and DeepSpeed's universal checkpoints take."
+    "A checkpoint of 2 ranks is gone on with at any world size, without a conversion, with fewer bytes read and in "
+    "less time and memory than dcp.load and DeepSpeed's universal checkpoints take."
 )
 SAVED_BY = 2
 FORMATS = {"raw": "ours", "ours_fsdp": "ours", "ours_zero3": "ours", "dcp": "dcp"}
