@@ -57,10 +57,22 @@ def tables(title: str, turn: Turn, sides: list[str], rounds: int, stored: int, l
     ]
 
 
+def first_batches(title: str, turn: Turn, sides: list[str], rounds: int) -> Table:
+    """The first batch alone, each in a run that ends with it."""
+    turns = {side: partial(first_batch, turn, side) for side in sides}
+    return Table(f"{title}: first batch", "s", "ours", interleave(turns, rounds, title))
+
+
+def first_batch(turn: Turn, side: str) -> float:
+    """Seconds from opening the data."""
+    return float(turn.take(side, stop_after=1)["first_s"])
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--link-mb-per-s", type=float, default=1.0, help="of the setting in which the link binds")
+    parser.add_argument("--first-batch", action="store_true", help="measure nothing else, into stream_first_batch")
     options = parse(parser)
     shape = QUICK if options.quick else SHAPE
     sides = ["ours", *options.peers]
@@ -72,14 +84,21 @@ def main() -> None:
         convert(folder / "store/bench", sides, stored // (shape.files * shape.groups))
         with serving(folder / "store", 0, LATENCY_MS) as endpoint:
             turn = Turn(folder, endpoint, shape, options.seed)
-            found += tables("Nothing binds but the work", turn, ["bare", *sides], options.rounds, stored, None)
+            title = "Nothing binds but the work"
+            if options.first_batch:
+                found.append(first_batches(title, turn, sides, options.rounds))
+            else:
+                found += tables(title, turn, ["bare", *sides], options.rounds, stored, None)
         with serving(folder / "store", options.link_mb_per_s, LATENCY_MS) as endpoint:
             turn = Turn(folder, endpoint, shape, options.seed)
             limit = shape.num_rows / (stored / (options.link_mb_per_s * 1e6))
             title = f"A link of {options.link_mb_per_s:g} MB/s"
-            found += tables(title, turn, sides, options.rounds, stored, limit)
+            if options.first_batch:
+                found.append(first_batches(title, turn, sides, options.rounds))
+            else:
+                found += tables(title, turn, sides, options.rounds, stored, limit)
     settings = {**asdict(shape), "stored_bytes": stored, "latency_ms": LATENCY_MS, "peers": options.peers}
-    write_results("stream", options, CLAIM, found, settings)
+    write_results("stream_first_batch" if options.first_batch else "stream", options, CLAIM, found, settings)
 
 
 if __name__ == "__main__":

@@ -141,10 +141,11 @@ class LaneReader:
 
     def ask_first(self) -> None:
         """Have the window at the position read, and until `ask_ahead` nothing that comes after it: the first rows of
-        all streams share the link with nothing else."""
+        all streams share the link with nothing else. Only where the window is the small rest of a block, whose other
+        rows another stream serves, the next one comes too: it will not do for a bin."""
         self._reads_ahead = False
         if self._max_epochs is None or self.position.epoch < self._max_epochs:
-            self._prefetch(self.position.slice, 1)
+            self._prefetch(self.position.slice, self._order.mean_block_bytes // 3)
 
     def ask_ahead(self) -> None:
         """Have what comes after the open window read, and from now on after each that is opened."""

@@ -162,6 +162,7 @@ class LaneOrder:
         self.name = name
         self.streams = streams
         self.nbytes = int(block_bytes.sum())
+        self.mean_block_bytes = self.nbytes // max(1, len(block_bytes))
         self._block_bytes = block_bytes
         self._seed = seed
         self._shuffle = shuffle
