@@ -13,7 +13,8 @@ from ..distributed.estimate.memory import Memory, estimate
 from ..distributed.estimate.outline import Outline
 from ..distributed.estimate.remedies import advice
 from ..distributed.estimate.setting import Room, Setting
-from ..recipes.schema import LocalCluster, Recipe
+from ..recipes.schema import Recipe
+from ..recipes.schema_cluster import LocalCluster
 from ..recipes.schema_strategy import Auto
 from . import units
 from .hardware import Machine
