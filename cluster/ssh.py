@@ -103,7 +103,7 @@ class Ssh:
         ranks = config.gpus_per_node or config.processes_per_node or 1
         demand = Demand(len(hosts), ranks * len(hosts), uses_gpus=config.gpus_per_node != 0, cpus_per_rank=1)
         nodes = tuple(Node(host, self._python, "TMPDIR/ft-UID/JOB", host) for host in hosts)
-        return JobPlan("JOB", nodes, 0, demand, "", self._need.folder, {}).text().replace("--port=0", "--port=PORT")
+        return JobPlan("JOB", nodes, None, demand, "", self._need.folder, {}).text()
 
     def up(self, driver: Driver, code: CodeFolder) -> Record:
         """See `SubmittedCluster`; after `problems` has found none."""

@@ -49,11 +49,12 @@ class Node:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """Of all hosts. `nodes` in the order of ranks, the first one with the driver."""
+    """Of all hosts. `nodes` in the order of ranks, the first one with the driver. `port`: Ray's; None: the first host
+    has not been asked for a free one yet."""
 
     job: str
     nodes: tuple[Node, ...]
-    port: int
+    port: int | None
     demand: Demand
     entry: str
     folder: str
@@ -91,7 +92,7 @@ class JobPlan:
         node, demand = self.nodes[index], self.demand
         ranks = demand.ranks // demand.nodes
         role = (
-            ["--head", f"--port={self.port}", "--include-dashboard=false"]
+            ["--head", f"--port={'PORT' if self.port is None else self.port}", "--include-dashboard=false"]
             if index == 0
             else [f"--address={self.address}"]
         )

@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import storage
-from .data.node_cache import NodeFolder, locked
+from .data.node_cache import NodeFolder, locked, make_room
 from .world import World
+
+BLOCK = ".block"
 
 WINDOW_BYTES = 2 * 2**30
 """At most this much of the node's local disk."""
@@ -32,7 +34,7 @@ class NodeShare:
 
     def read(self, what: str, fetch: Callable[[], bytearray]) -> memoryview:
         """See `checkpoint.fetch.Share`. Without room on the disk a block is fetched for this rank alone."""
-        path = self._folder / f"{hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}.block"
+        path = self._folder / f"{hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}{BLOCK}"
         found = _mapped(path)
         if found is None:
             with locked(path.with_suffix(".lock")):
@@ -44,33 +46,12 @@ class NodeShare:
     def _keep(self, path: Path, data: bytearray) -> bytearray:
         temporary = path.with_suffix(".tmp")
         try:
-            if self._has_room(len(data)):
+            if make_room(self._folder, BLOCK, len(data), self._max_bytes):
                 temporary.write_bytes(data)
                 temporary.replace(path)
         except OSError:  # the disk is full, or fails
             temporary.unlink(missing_ok=True)
         return data
-
-    def _has_room(self, nbytes: int) -> bool:
-        if nbytes > self._max_bytes:
-            return False
-        with locked(self._folder / "room.lock"):
-            blocks = sorted(self._blocks())
-            total = sum(size for _, _, size in blocks)
-            for _, path, size in blocks:
-                if total + nbytes <= self._max_bytes:
-                    break
-                path.unlink(missing_ok=True)  # who has mapped it keeps it
-                total -= size
-        return True
-
-    def _blocks(self) -> Iterator[tuple[int, Path, int]]:
-        for path in self._folder.glob("*.block"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            yield status.st_mtime_ns, path, status.st_size
 
 
 def _mapped(path: Path) -> memoryview | None:

@@ -83,8 +83,9 @@ def load_with_optimizer(engine: Engine, built: BuiltModel, directory: str, share
 
     Raises UserError for a folder without training state, for that of another optimizer, and for one that leaves out
     what is trained now; DamagedError for bytes that are not what was written."""
-    files = read_manifest(directory).files
-    if not read_manifest(directory).is_resumable:
+    manifest = read_manifest(directory)
+    files = manifest.files
+    if not manifest.is_resumable:
         raise UserError(
             f"model.keep_optimizer_state: {directory} holds its weights only, no training/state.json. Leave the key "
             "out, or name a checkpoint with its training state (of another program: import-checkpoint --training)."

@@ -22,15 +22,13 @@ from ..distributed.checkpoint.manifest import (
 from ..distributed.checkpoint.reader import CheckpointReader
 from ..distributed.merging import MergedTensors, StoredTensors, TensorStream, in_dtype, structure_of
 from ..distributed.model_files import ModelFolder, is_hub_id
-from ..distributed.model_writer import write_weights
 from ..distributed.reopen import ADAPTER_CONFIG, base_folder
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import parse_recipe_text
 from . import units
-from .check_progress import Counted, byte_progress
 from .export_gguf import Converter, GgufFile, local_folder
-from .export_target import EXPORT, IMPORT, Target, read_back
+from .export_target import EXPORT, IMPORT, Part, Target, read_back, write_all
 from .history import read_record
 from .locate import Located, locate
 from .model_card import CardFacts, license_of, model_card
@@ -82,7 +80,7 @@ def export(reference: str, to: str, wanted: Wanted) -> int:
     gguf = _gguf(source, files, wanted, to) if wanted.gguf else None
     planned = sorted((*small, *(file.name for file in files.files), *([gguf.name] if gguf else [])))
     target = Target.begin(to, _identity(source, wanted), planned, overwrite=wanted.overwrite)
-    records = _write(target, files, tensors, small)
+    records = write_all(target, [Part(stem, tensors, files)], small)
     failure = _convert(gguf, records) if gguf else None
     manifest = Manifest(source.manifest.step, source.manifest.attempt, tuple(records))
     target.finish(manifest)
@@ -251,21 +249,3 @@ def _identity(source: Source, wanted: Wanted) -> dict[str, Any]:
         "dtype": wanted.dtype,
         "step": source.manifest.step,
     }
-
-
-def _write(target: Target, files: FileSet, tensors: TensorStream, small: Mapping[str, bytes]) -> list[FileRecord]:
-    """Weights first, so that nobody takes the folder for a model before it is one."""
-    progress = byte_progress()
-    counted = Counted(progress, "writing", sum(file.size for file in files.files))
-    try:
-        for file in files.files:
-            if target.has(file):
-                counted.advance(file.size)
-                continue
-            target.add(write_weights(target.url, file, tensors, counted.advance))
-    finally:
-        progress.done()
-    for name, data in sorted(small.items()):
-        storage.write_bytes(storage.join(target.url, name), data)
-        target.records[name] = record_bytes(name, data)
-    return [target.records[name] for name in sorted(target.records)]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..distributed import storage
-from ..distributed.checkpoint.layout import StoredFile
+from ..distributed.checkpoint.layout import FileSet
 from ..distributed.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, Span, record_bytes
+from ..distributed.checkpoint.save import folder_of, path_of
 from ..distributed.checkpoint.verify import sample_problems, size_problems
+from ..distributed.merging import TensorStream
+from ..distributed.model_writer import write_weights
 from ..recipes.errors import InfrastructureError, UserError
+from .check_progress import Counted, byte_progress
 
 
 class Kind(NamedTuple):
@@ -67,13 +71,13 @@ class Target:
         target._write_note()
         return target
 
-    def has(self, file: StoredFile) -> bool:
-        """Whether an earlier, broken-off export wrote it."""
-        record = self.records.get(file.name)
-        if record is None or record.size != file.size:
+    def has(self, path: str, size: int) -> bool:
+        """Whether an earlier attempt that was broken off wrote a file, whole."""
+        record = self.records.get(path)
+        if record is None or record.size != size:
             return False
         try:
-            return storage.info(storage.join(self.url, file.name)).size == file.size
+            return storage.info(storage.join(self.url, path)).size == size
         except UserError:
             return False
 
@@ -99,6 +103,35 @@ class Target:
         for name in names:
             if name.startswith(".") and name.endswith(".tmp"):
                 storage.delete_tree(storage.join(self.url, name))
+
+
+class Part(NamedTuple):
+    """A stem ("model", "master", ...), its tensors and its files."""
+
+    stem: str
+    tensors: TensorStream
+    files: FileSet
+
+
+def write_all(target: Target, parts: Sequence[Part], small: Mapping[str, bytes]) -> list[FileRecord]:
+    """Tensors first, so that nobody takes the folder for a model before it is one; then the `small` files, by path."""
+    files = [(part, file) for part in parts for file in part.files.files]
+    progress = byte_progress()
+    counted = Counted(progress, "writing", sum(file.size for _, file in files))
+    try:
+        for part, file in files:
+            path = path_of(part.stem, file.name)
+            if target.has(path, file.size):
+                counted.advance(file.size)
+                continue
+            record = write_weights(folder_of(target.url, part.stem), file, part.tensors, counted.advance)
+            target.add(replace(record, path=path))
+    finally:
+        progress.done()
+    for name, data in sorted(small.items()):
+        storage.write_bytes(storage.join(target.url, name), data)
+        target.records[name] = record_bytes(name, data)
+    return [target.records[name] for name in sorted(target.records)]
 
 
 def read_back(to: str, manifest: Manifest) -> None:

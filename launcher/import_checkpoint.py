@@ -5,31 +5,27 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..distributed import storage
 from ..distributed.checkpoint.fragments import FragmentReader, TensorSpec
-from ..distributed.checkpoint.layout import DTYPE_OF_TORCH, FileSet, plan_files
-from ..distributed.checkpoint.manifest import STATE_PATH, FileRecord, Manifest, record_bytes
-from ..distributed.checkpoint.save import folder_of, path_of
+from ..distributed.checkpoint.layout import DTYPE_OF_TORCH, plan_files
+from ..distributed.checkpoint.manifest import STATE_PATH, Manifest
+from ..distributed.checkpoint.save import path_of
 from ..distributed.importing.base import MOMENTS, Foreign
+from ..distributed.importing.model import Aligned, Model, align, find_base
 from ..distributed.importing.table import open_foreign
-from ..distributed.importing.target import Aligned, align, find_base
-from ..distributed.importing.target import Target as Model
 from ..distributed.merging import in_dtype, row_ranges
 from ..distributed.model_files import ModelFolder
-from ..distributed.model_writer import write_weights
 from ..recipes.errors import UserError
 from . import units
-from .check_progress import Counted, byte_progress
 from .export import as_json, with_changes
-from .export_target import IMPORT, Target, read_back
+from .export_target import IMPORT, Part, Target, read_back, write_all
 
 SHARD_BYTES = 2 * 2**30
 """Of a file of weights: what a broken-off import has to write again at most."""
@@ -63,14 +59,6 @@ class Blocks:
         width = torch.Size(spec.shape[1:]).numel()
         for start, stop in row_ranges(spec):
             yield self.reader.read(name, ((start * width, stop * width),))
-
-
-class Part(NamedTuple):
-    """A stem ("model", "master", ...), its tensors and its files."""
-
-    stem: str
-    tensors: Blocks
-    files: FileSet
 
 
 @dataclass(frozen=True)
@@ -155,7 +143,7 @@ def import_checkpoint(source: str, to: str, wanted: Wanted) -> int:
     small = plan.small_files()
     planned = sorted((*small, *(path_of(part.stem, file.name) for part in plan.parts for file in part.files.files)))
     target = Target.begin(to, plan.identity(source), planned, overwrite=wanted.overwrite, kind=IMPORT)
-    records = _write(target, plan.parts, small)
+    records = write_all(target, plan.parts, small)
     manifest = Manifest(plan.foreign.step, 0, tuple(records))
     target.finish(manifest)
     read_back(to, manifest)
@@ -172,27 +160,6 @@ def _plan(source: str, wanted: Wanted) -> Plan:
         )
     base = find_base(source, wanted.base)
     return Plan(foreign, align(foreign, Model.of(base)), base, wanted)
-
-
-def _write(target: Target, parts: Sequence[Part], small: Mapping[str, bytes]) -> list[FileRecord]:
-    """Tensors first, so that nobody takes the folder for a model before it is one."""
-    progress = byte_progress()
-    files = [(part, file) for part in parts for file in part.files.files]
-    counted = Counted(progress, "writing", sum(file.size for _, file in files))
-    try:
-        for part, file in files:
-            named = replace(file, name=path_of(part.stem, file.name))
-            if target.has(named):
-                counted.advance(file.size)
-                continue
-            record = write_weights(folder_of(target.url, part.stem), file, part.tensors, counted.advance)
-            target.add(replace(record, path=named.name))
-    finally:
-        progress.done()
-    for name, data in sorted(small.items()):
-        storage.write_bytes(storage.join(target.url, name), data)
-        target.records[name] = record_bytes(name, data)
-    return [target.records[name] for name in sorted(target.records)]
 
 
 def _said(plan: Plan, to: str, total: int) -> Iterator[str]:

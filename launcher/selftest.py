@@ -310,8 +310,9 @@ class _Steps:
     def __init__(self, layouts: int, steps: int) -> None:
         self._total, self._each = layouts * (steps + 1), steps + 1
         self._layouts, self._now = 0, 0
-        amount = lambda number: f"{number} of {self._total} steps"  # noqa: E731
-        self._progress = Progress(sys.stderr, drawn_over=sys.stderr.isatty(), amount=amount)
+        self._progress = Progress(
+            sys.stderr, drawn_over=sys.stderr.isatty(), amount=lambda number: f"{number} of {self._total} steps"
+        )
 
     def step(self, what: str) -> None:
         self._now = min(self._now + 1, self._each)

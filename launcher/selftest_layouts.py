@@ -55,11 +55,7 @@ def choose_layouts(recipe: Recipe, ranks: int) -> list[Layout]:
     where rounding hides nothing. A recipe in bfloat16 has every way once more in that. The fewest ranks come first."""
     own = _way_of(recipe)
     sizes = _micro_batch_sizes(recipe)
-    by_world = [
-        _lay(name, strategy, world, sizes[world % 2], "float32")
-        for name, strategy in (own,)
-        for world in _worlds(ranks)
-    ]
+    by_world = [_lay(*own, world, sizes[world % 2], "float32") for world in _worlds(ranks)]
     both = [_lay(*own, ranks, size, "float32") for size in sizes]
     dtypes: Sequence[Dtype] = ("float32", "bfloat16") if recipe.model.dtype == "bfloat16" else ("float32",)
     ways = dict([*WAYS.items(), own])

@@ -20,6 +20,7 @@ from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import FtlaunchError, UserError
 
 FOLDER = "submissions"
+END = ".end.json"
 COPY_LOCAL_S = 1.0
 COPY_REMOTE_S = 15.0
 """Between copies of the log; an object store takes each one whole."""
@@ -36,9 +37,7 @@ class Submission:
 
 def register(run: RunDirectory, record: Record) -> str:
     """Keep a record; returns the submission's name."""
-    taken = [name for name in storage.list_names(run.path(FOLDER)) if name.count(".") == 1]
-    number = sum(name.endswith(".json") for name in taken) + 1
-    name = f"{number:03d}-{record['job']}"
+    name = f"{len(_records(run)) + 1:03d}-{record['job']}"
     storage.write_bytes(run.path(FOLDER, f"{name}.json"), json.dumps(record, indent=2).encode() + b"\n")
     return name
 
@@ -46,7 +45,7 @@ def register(run: RunDirectory, record: Record) -> str:
 def finish(run: RunDirectory, name: str, exit_code: int) -> None:
     """The driver has ended."""
     end = {"exit_code": exit_code, "ended_at": time.time()}
-    storage.write_bytes(run.path(FOLDER, f"{name}.end.json"), json.dumps(end).encode() + b"\n")
+    storage.write_bytes(run.path(FOLDER, f"{name}{END}"), json.dumps(end).encode() + b"\n")
 
 
 def newest(run: RunDirectory) -> Submission:
@@ -59,16 +58,22 @@ def newest(run: RunDirectory) -> Submission:
 
 def latest(run: RunDirectory) -> Submission | None:
     """The newest submission; None for a run that was never submitted."""
-    names = sorted(name for name in storage.list_names(run.path(FOLDER)) if name.endswith(".json"))
-    records = [name.removesuffix(".json") for name in names if not name.endswith(".end.json")]
+    records = _records(run)
     if not records:
         return None
-    end = f"{records[-1]}.end.json"
+    name = records[-1]
+    ended = storage.exists(run.path(FOLDER, f"{name}{END}"))
     return Submission(
-        name=records[-1],
-        record=_read(run, f"{records[-1]}.json"),
-        exit_code=_read(run, end)["exit_code"] if end in names else None,
+        name=name,
+        record=_read(run, f"{name}.json"),
+        exit_code=_read(run, f"{name}{END}")["exit_code"] if ended else None,
     )
+
+
+def _records(run: RunDirectory) -> list[str]:
+    """The submissions' names, the oldest first."""
+    names = [name for name in storage.list_names(run.path(FOLDER)) if not name.endswith(END)]
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 
 def read_log(run: RunDirectory, name: str) -> bytes:

@@ -97,7 +97,7 @@ def _stored(table: Any, path: Path, place: NodePlace) -> Any | None:
 
     temporary = path.with_suffix(".tmp")
     try:
-        if not _make_room(table.nbytes, place):
+        if not make_room(place.folder, ".arrow", table.nbytes, place.max_bytes):
             return None
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
@@ -109,18 +109,28 @@ def _stored(table: Any, path: Path, place: NodePlace) -> Any | None:
     return _mapped(path)
 
 
-def _make_room(nbytes: int, place: NodePlace) -> bool:
-    if nbytes > place.max_bytes:
+def make_room(folder: Path, suffix: str, nbytes: int, max_bytes: int) -> bool:
+    """Whether so many bytes more may be stored among a folder's files of this suffix: those that were used least
+    recently leave for them."""
+    if nbytes > max_bytes:
         return False
-    with locked(place.folder / "room.lock"):
-        stored = [(path, path.stat()) for path in place.folder.glob("*.arrow")]
-        total = sum(status.st_size for _, status in stored)
-        for path, status in sorted(stored, key=lambda one: one[1].st_mtime_ns):
-            if total + nbytes <= place.max_bytes:
+    with locked(folder / "room.lock"):
+        stored = sorted(_uses(folder, suffix))
+        total = sum(size for _, _, size in stored)
+        for _, path, size in stored:
+            if total + nbytes <= max_bytes:
                 break
             path.unlink(missing_ok=True)  # who has mapped it keeps it
-            total -= status.st_size
+            total -= size
     return True
+
+
+def _uses(folder: Path, suffix: str) -> Iterator[tuple[int, Path, int]]:
+    """When each file was last used, and its size."""
+    for path in folder.glob(f"*{suffix}"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            yield status.st_mtime_ns, path, status.st_size
 
 
 def _mapped(path: Path) -> Any | None:

@@ -9,11 +9,9 @@ from ...recipes.schema import Recipe
 from ..optimizers.state import BYTES as BYTES_OF_STATE
 from ..optimizers.state import STATE
 from .activations import Activations, activations
-from .layouts import Layout, layout_of
+from .layouts import FP32, Layout, layout_of
 from .outline import Outline
 from .setting import BYTES, Setting
-
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -121,16 +119,18 @@ def _update(recipe: Recipe, outline: Outline, layout: Layout) -> float:
 
 def state_bytes(recipe: Recipe, outline: Outline) -> float:
     """The optimizer's state of the whole model."""
+    return BYTES_OF_STATE[recipe.train.optimizer] * _state_elements(recipe, outline)
+
+
+def _state_elements(recipe: Recipe, outline: Outline) -> int:
     kept = STATE[recipe.train.optimizer]
-    elements = sum(math.prod(part) for shape, table in outline.state for part in kept(shape, table).values())
-    return BYTES_OF_STATE[recipe.train.optimizer] * elements
+    return sum(math.prod(part) for shape, table in outline.state for part in kept(shape, table).values())
 
 
 def _staging(recipe: Recipe, outline: Outline, setting: Setting) -> float:
     """Copies of what a checkpoint holds, of which each rank makes its share: published weights, masters, state."""
     if recipe.checkpoint.mode == "sync":
         return 0.0
-    width, kept = BYTES[recipe.model.dtype], STATE[recipe.train.optimizer]
+    width = BYTES[recipe.model.dtype]
     masters = 0 if width == FP32 else FP32
-    state = sum(math.prod(part) for shape, table in outline.state for part in kept(shape, table).values())
-    return ((width + masters) * outline.trained + FP32 * state) / setting.ranks
+    return ((width + masters) * outline.trained + FP32 * _state_elements(recipe, outline)) / setting.ranks

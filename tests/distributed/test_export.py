@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from ftlaunch.distributed import merging, model_writer, storage
-from ftlaunch.launcher import cli, export
+from ftlaunch.launcher import cli, export, export_target
 
 LOGIT_TOLERANCE = 1e-5
 """Absolute, of logits around 1, in fp32: one matrix product instead of three."""
@@ -355,18 +355,20 @@ def test_a_broken_off_export_goes_on(trained, tmp_path, monkeypatch, capsys):
 
     def failing(folder, file, *rest):
         if len(written) == 2:
-            raise export.InfrastructureError("the network is gone")
+            raise export_target.InfrastructureError("the network is gone")
         written.append(file.name)
         return write(folder, file, *rest)
 
-    monkeypatch.setattr(export, "write_weights", failing)
+    monkeypatch.setattr(export_target, "write_weights", failing)
     words = ["export", str(runs["full"].directory), "--to", str(to)]
     assert cli.main(words) == 2
     assert not (to / "MANIFEST.json").exists() and not (to / "config.json").exists()
     assert cli.main([*words, "--dtype", "float32"]) == 1
     assert "another export that was broken off" in capsys.readouterr().err
     monkeypatch.setattr(
-        export, "write_weights", lambda folder, file, *rest: written.append(file.name) or write(folder, file, *rest)
+        export_target,
+        "write_weights",
+        lambda folder, file, *rest: written.append(file.name) or write(folder, file, *rest),
     )
     assert cli.main(words) == 0
     assert len(written) == len(set(written)) == len(list(to.glob("model-*.safetensors")))

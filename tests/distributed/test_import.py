@@ -28,7 +28,7 @@ from ftlaunch.distributed.model_files import find_model
 from ftlaunch.distributed.start_weights import load_with_optimizer
 from ftlaunch.distributed.strategies.table import prepare
 from ftlaunch.distributed.world import World
-from ftlaunch.launcher import import_checkpoint as module
+from ftlaunch.launcher import export_target
 from ftlaunch.launcher.cli import main
 from ftlaunch.launcher.import_checkpoint import Wanted, import_checkpoint
 from ftlaunch.recipes.errors import UserError
@@ -325,13 +325,15 @@ def test_an_import_that_was_broken_off_goes_on(dcp, models, tmp_path, monkeypatc
     """And one that is finished is only replaced when that is asked for."""
     to = tmp_path / "to"
     wanted = Wanted(str(models / "untied"), None, True, False)
-    real = module.write_weights
-    monkeypatch.setattr(module, "write_weights", fails_at("exp_avg.safetensors", real))
+    real = export_target.write_weights
+    monkeypatch.setattr(export_target, "write_weights", fails_at("exp_avg.safetensors", real))
     with pytest.raises(RuntimeError, match="broken off"):
         import_checkpoint(str(dcp / "nested"), str(to), wanted)
     written: list[str] = []
     monkeypatch.setattr(
-        module, "write_weights", lambda folder, file, *rest: written.append(file.name) or real(folder, file, *rest)
+        export_target,
+        "write_weights",
+        lambda folder, file, *rest: written.append(file.name) or real(folder, file, *rest),
     )
     imported(dcp / "nested", to, models / "untied", training=True)
     assert written == ["exp_avg.safetensors", "exp_avg_sq.safetensors"]

@@ -21,7 +21,7 @@ allocator keeps; the model's structure on the meta device, about as much (measur
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
-from ftlaunch.distributed.importing import dcp, pickled, target
+from ftlaunch.distributed.importing import dcp, model, pickled
 from ftlaunch.launcher.import_checkpoint import Wanted, import_checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -30,7 +30,7 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 source, base, to = sys.argv[1:]
-target.Target.of(target.find_base(source, base))
+model.Model.of(model.find_base(source, base))
 before, most, done = anonymous(), [0], threading.Event()
 
 def watch():

@@ -31,7 +31,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Target:
+class Model:
     """A model by its folder of small files. `shapes`: published name -> shape, in checkpoint order; `besides`: names of
     its state dict that are no tensors of their own: tied ones and buffers."""
 
@@ -41,10 +41,12 @@ class Target:
     besides: Set[str]
 
     @classmethod
-    def of(cls, folder: ModelFolder) -> Target:
+    def of(cls, folder: ModelFolder) -> Model:
         """Raises UserError for a folder without config.json, and for a model that cannot be trained."""
-        model = {"path": folder.url, "dtype": "float32"}
-        recipe = Recipe.model_validate({"name": "import", "model": model, "data": {"train": [{"path": "none.jsonl"}]}})
+        section = {"path": folder.url, "dtype": "float32"}
+        recipe = Recipe.model_validate(
+            {"name": "import", "model": section, "data": {"train": [{"path": "none.jsonl"}]}}
+        )
         built = build_model(recipe, folder)
         fill_buffers(built.loss_model, torch.device("cpu"))
         shapes = {published: built.shapes[name] for name, published in built.published.items()}
@@ -76,18 +78,18 @@ class Aligned:
     beside: tuple[str, ...]
 
 
-def align(foreign: Foreign, target: Target) -> Aligned:
+def align(foreign: Foreign, model: Model) -> Aligned:
     """Raises UserError that lists what is missing, what is too much and what has another shape."""
     cleaned = _cleaned(foreign.weights.names())
     _refuse_adapters(cleaned)
-    prefix = max(PREFIXES, key=lambda prefix: (_fitting(cleaned, prefix, target), -PREFIXES.index(prefix)))
+    prefix = max(PREFIXES, key=lambda prefix: (_fitting(cleaned, prefix, model), -PREFIXES.index(prefix)))
     inside = {name.removeprefix(prefix): there for name, there in cleaned.items() if name.startswith(prefix)}
     beside = tuple(name for name in cleaned if not name.startswith(prefix))
-    _refuse_mismatch(foreign, inside, target)
-    _refuse_untied(foreign.weights, inside, target)
-    refuse_stored_buffers(target.built, Renamed(foreign.weights, inside), set(inside))
-    weights = Renamed(foreign.weights, {name: inside[name] for name in target.shapes})
-    return Aligned(weights, _aligned_moments(foreign, prefix, target), prefix, beside)
+    _refuse_mismatch(foreign, inside, model)
+    _refuse_untied(foreign.weights, inside, model)
+    refuse_stored_buffers(model.built, Renamed(foreign.weights, inside), set(inside))
+    weights = Renamed(foreign.weights, {name: inside[name] for name in model.shapes})
+    return Aligned(weights, _aligned_moments(foreign, prefix, model), prefix, beside)
 
 
 def _cleaned(names: Sequence[str]) -> dict[str, str]:
@@ -110,22 +112,22 @@ def _refuse_adapters(names: Mapping[str, str]) -> None:
         )
 
 
-def _fitting(names: Mapping[str, str], prefix: str, target: Target) -> int:
-    return sum(prefix + name in names for name in target.shapes)
+def _fitting(names: Mapping[str, str], prefix: str, model: Model) -> int:
+    return sum(prefix + name in names for name in model.shapes)
 
 
-def _refuse_mismatch(foreign: Foreign, inside: Mapping[str, str], target: Target) -> None:
-    missing = [name for name in target.shapes if name not in inside]
-    extra = [name for name in inside if name not in target.shapes and name not in target.besides]
+def _refuse_mismatch(foreign: Foreign, inside: Mapping[str, str], model: Model) -> None:
+    missing = [name for name in model.shapes if name not in inside]
+    extra = [name for name in inside if name not in model.shapes and name not in model.besides]
     shapes = [
         f"{name} is {foreign.weights.spec(inside[name]).shape} in the checkpoint and {shape} by config.json"
-        for name, shape in target.shapes.items()
+        for name, shape in model.shapes.items()
         if name in inside and foreign.weights.spec(inside[name]).shape != shape
     ]
     if missing or extra or shapes:
         said = _listed("missing", missing) + _listed("not of this model", extra) + _listed("other shapes", shapes)
         raise UserError(
-            f"the tensors of the {foreign.what} do not fit {target.folder.url}/config.json:\n{said}"
+            f"the tensors of the {foreign.what} do not fit {model.folder.url}/config.json:\n{said}"
             f"Name the model that it began with: --base MODEL."
         )
 
@@ -137,11 +139,11 @@ def _listed(title: str, items: Sequence[str]) -> str:
     return f"  {title} ({len(items)}):\n    " + "\n    ".join(items[:SHOWN]) + more + "\n"
 
 
-def _refuse_untied(reader: FragmentReader, inside: Mapping[str, str], target: Target) -> None:
+def _refuse_untied(reader: FragmentReader, inside: Mapping[str, str], model: Model) -> None:
     """A head that config.json ties to the embeddings, and that is another tensor here, would be lost."""
-    parameters = dict(target.built.loss_model.causal_lm.named_parameters(remove_duplicate=False))
-    names = {id(parameter): name for name, parameter in parameters.items() if name in target.shapes}
-    for name in sorted(target.besides & inside.keys() & parameters.keys()):
+    parameters = dict(model.built.loss_model.causal_lm.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in parameters.items() if name in model.shapes}
+    for name in sorted(model.besides & inside.keys() & parameters.keys()):
         same = names[id(parameters[name])]
         if same in inside and not _equal(reader, inside[name], inside[same]):
             raise UserError(
@@ -161,22 +163,22 @@ def _equal(reader: FragmentReader, one: str, other: str) -> bool:
     return all(torch.equal(reader.read(one, part), reader.read(other, part).to(dtype)) for part in ranges)
 
 
-def _aligned_moments(foreign: Foreign, prefix: str, target: Target) -> dict[str, Renamed]:
+def _aligned_moments(foreign: Foreign, prefix: str, model: Model) -> dict[str, Renamed]:
     """By the model's names. An optimizer's own dict may leave out what stands before the model's names in another."""
     if foreign.moments is None:
         return {}
     return {
-        moment: Renamed(reader, dict(_moment_names(reader, prefix, target)))
+        moment: Renamed(reader, dict(_moment_names(reader, prefix, model)))
         for moment, reader in foreign.moments.readers.items()
     }
 
 
-def _moment_names(reader: FragmentReader, prefix: str, target: Target) -> Iterator[tuple[str, str]]:
+def _moment_names(reader: FragmentReader, prefix: str, model: Model) -> Iterator[tuple[str, str]]:
     cleaned = _cleaned(reader.names())
-    before = max(("", prefix), key=lambda prefix: _fitting(cleaned, prefix, target))
-    for name in target.shapes:
+    before = max(("", prefix), key=lambda prefix: _fitting(cleaned, prefix, model))
+    for name in model.shapes:
         there = cleaned.get(before + name)
         if there is not None:
-            if (found := reader.spec(there).shape) != target.shapes[name]:
-                raise UserError(f"the optimizer's state of {name} is {found}, and the tensor {target.shapes[name]}.")
+            if (found := reader.spec(there).shape) != model.shapes[name]:
+                raise UserError(f"the optimizer's state of {name} is {found}, and the tensor {model.shapes[name]}.")
             yield name, there
