@@ -77,10 +77,11 @@ class Group:
 def group_of(size: int, model: str, place: str, seed: int) -> Iterator[Group]:
     """Ranks that wait for turns."""
     context = multiprocessing.get_context("spawn")
+    meeting = tempfile.mktemp(prefix="rendezvous-", dir=place)  # two groups of a size must not meet in one file
     lines, processes = [], []
     for rank in range(size):
         here, there = context.Pipe()
-        processes.append(context.Process(target=serve, args=(rank, size, model, place, seed, there)))
+        processes.append(context.Process(target=serve, args=(rank, size, model, place, meeting, seed, there)))
         processes[-1].start()
         there.close()
         lines.append(here)

@@ -282,10 +282,11 @@ def _read_so_far() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-def serve(rank: int, size: int, model: str, place: str, seed: int, line: Connection) -> None:
-    """A rank: takes turns by name (`write NAME` or `load NAME`) until the line is closed."""
+def serve(rank: int, size: int, model: str, place: str, meeting: str, seed: int, line: Connection) -> None:
+    """A rank: takes turns by name (`write NAME` or `load NAME`) until the line is closed. `meeting`: a new file's
+    path, where the ranks find each other."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{place}/rendezvous-{size}-{os.getppid()}", size)
+    store = dist.FileStore(meeting, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     ranks = Ranks(rank, size, model, Path(place), seed)
     line.send(None)

@@ -7,11 +7,12 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol
 
 from .block import Block
 from .read_limit import MAX_READS, ReadLimit
@@ -21,6 +22,22 @@ CACHE_BYTES = 256 * 2**20
 
 USUAL_EXPANSION = 4.0
 """Decoded bytes of a stored one, until some blocks have shown it."""
+
+JOINED_BYTES = 2**18
+"""Stored bytes of neighbouring blocks that one read brings, at most: below this a request costs more than its bytes."""
+
+
+class Neighbours(Protocol):
+    """How blocks that lie beside each other are read together."""
+
+    def joins(self, block: int) -> bool:
+        """Whether one read can bring a block and the next by number."""
+        ...
+
+    def read_run(self, blocks: Sequence[int]) -> list[Block]:
+        """Consecutive blocks that join. Raises what reading one raises."""
+        ...
+
 
 
 @dataclass
@@ -44,7 +61,8 @@ class BlockCache:
     What somebody waits for is read first, then what is due first: streams take their steps together, so blocks that one
     of them needs later would only keep the others waiting. Reading ahead keeps to `max_bytes` of decoded blocks that
     nobody has asked for yet; a block that is larger by itself is only read once it is asked for. `stored_bytes(block)`
-    is how long a block is where it lies, `read_part` how a block is read that others want too.
+    is how long a block is where it lies, `read_part` how a block is read that others want too. Small `neighbours` that
+    are wanted at the same time are one read.
     """
 
     def __init__(
@@ -54,9 +72,11 @@ class BlockCache:
         readers: int = MAX_READS,
         stored_bytes: Callable[[int], int] | None = None,
         read_part: Callable[[int], Block] | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._read = read
         self._read_part = read_part or read
+        self._neighbours = neighbours
         self._max_bytes = max_bytes
         self._stored_bytes = stored_bytes or (lambda _: 1)
         self._recent: OrderedDict[int, Block] = OrderedDict()
@@ -74,6 +94,7 @@ class BlockCache:
         self._limit = ReadLimit(most=readers)
         self.needed_bytes = 0
         """Stored bytes of the rows that were asked for."""
+        self._gathering = False
         self._closed = False
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="block-reader")
@@ -92,9 +113,16 @@ class BlockCache:
             self._start_reads()
         return futures
 
-    def all_at_once(self) -> AbstractContextManager[None]:
-        """While this holds, reads wait for no others: a run that goes on wants many blocks, all for its first step."""
-        return self._limit.lifted()
+    @contextmanager
+    def all_at_once(self) -> Iterator[None]:
+        """While this holds, reads wait for no others: a run that goes on wants many blocks, all for its first step.
+        None is read before somebody waits for one, so that by then it is known which of them lie beside each other."""
+        self._gathering = True
+        with self._limit.lifted():
+            yield
+        with self._lock:
+            self._gathering = False
+            self._start_reads()
 
     def get_all(self, blocks: Iterable[int], parts: Collection[int] = (), needed_bytes: int = 0) -> list[Block]:
         """The decoded blocks, once all are there; of `parts` only a part will be served, `needed_bytes` (stored) in
@@ -102,6 +130,7 @@ class BlockCache:
         with self._lock:
             self.needed_bytes += needed_bytes
             futures = [self._want(block, ahead=False, part=block in parts) for block in blocks]
+            self._gathering = False
             self._start_reads()
             self._waiting += 1
         try:
@@ -148,21 +177,20 @@ class BlockCache:
             self._asked.append(wanted)
 
     def _start_reads(self) -> None:
-        while not self._closed and self._in_flight < self._limit.value:
+        while not self._closed and not self._gathering and self._in_flight < self._limit.value:
             wanted = self._next()
             if wanted is None:
                 return
-            wanted.started = True
+            run = self._begin(wanted)
             self._in_flight += 1
-            if wanted.ahead:
-                self._ahead[wanted.block] = wanted.nbytes
-                self._tickets[wanted.block] = wanted.future
-            self._pool.submit(self._load, wanted)
+            self._pool.submit(self._load, run)
 
     def _next(self) -> _Wanted | None:
         """What is read next: what was asked for, else what there is room for."""
-        if self._asked:
-            return self._asked.popleft()
+        while self._asked:
+            first = self._asked.popleft()
+            if not first.started:
+                return first
         while self._later:
             first = self._later[0][-1]
             passed_over = first.started or not first.ahead or first.nbytes > self._max_bytes
@@ -173,6 +201,38 @@ class BlockCache:
                 return first
         return None
 
+    def _begin(self, wanted: _Wanted) -> list[_Wanted]:
+        """What one read brings: a block, and neighbours that are wanted too; in their order."""
+        self._mark_started(wanted)
+        run = [wanted]
+        nbytes = self._stored_bytes(wanted.block)
+        while (more := self._neighbour(run[-1].block, 1, nbytes)) is not None:
+            run.append(more)
+            nbytes += self._stored_bytes(more.block)
+        while (more := self._neighbour(run[0].block, -1, nbytes)) is not None:
+            run.insert(0, more)
+            nbytes += self._stored_bytes(more.block)
+        return run
+
+    def _neighbour(self, block: int, step: int, nbytes: int) -> _Wanted | None:
+        """The block beside one, now begun, if a read of `nbytes` may bring it too."""
+        beside = self._pending.get(block + step)
+        if self._neighbours is None or beside is None or beside.started:
+            return None
+        joins = self._neighbours.joins(min(block, beside.block))
+        if not joins or nbytes + self._stored_bytes(beside.block) > JOINED_BYTES:
+            return None
+        if beside.ahead and not self._has_room(beside):
+            return None
+        self._mark_started(beside)
+        return beside
+
+    def _mark_started(self, wanted: _Wanted) -> None:
+        wanted.started = True
+        if wanted.ahead:
+            self._ahead[wanted.block] = wanted.nbytes
+            self._tickets[wanted.block] = wanted.future
+
     def _has_room(self, wanted: _Wanted) -> bool:
         if sum(self._ahead.values()) + wanted.nbytes <= self._max_bytes:
             return True
@@ -180,36 +240,46 @@ class BlockCache:
         self._ahead = {block: nbytes for block, nbytes in self._ahead.items() if block in self._tickets}
         return sum(self._ahead.values()) + wanted.nbytes <= self._max_bytes
 
-    def _load(self, wanted: _Wanted) -> None:
-        loaded: Block | None = None
-        failure: BaseException | None = None
-        try:
-            loaded = (self._read_part if wanted.part else self._read)(wanted.block)
-        except BaseException as error:  # raised where the block is asked for
-            failure = error
+    def _load(self, run: Sequence[_Wanted]) -> None:
+        outcomes = self._outcomes(run)
         with self._lock:
-            self._finish(wanted, loaded)
+            for wanted, outcome in zip(run, outcomes, strict=True):
+                self._finish(wanted, outcome)
+            self._in_flight -= 1
+            self._limit.done(
+                sum(self._stored_bytes(wanted.block) for wanted in run), time.perf_counter(), waiting=self._waiting > 0
+            )
             self._start_reads()
-        if loaded is None:
-            wanted.future.set_exception(failure)
-        else:
-            wanted.future.set_result(loaded)
+        for wanted, outcome in zip(run, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                wanted.future.set_exception(outcome)
+            else:
+                wanted.future.set_result(outcome)
 
-    def _finish(self, wanted: _Wanted, loaded: Block | None) -> None:
+    def _outcomes(self, run: Sequence[_Wanted]) -> Sequence[Block | BaseException]:
+        """The blocks of a read, or what is raised where one is asked for."""
+        try:
+            if len(run) > 1 and self._neighbours is not None:
+                return self._neighbours.read_run([wanted.block for wanted in run])
+            (wanted,) = run
+            return [(self._read_part if wanted.part else self._read)(wanted.block)]
+        except BaseException as error:
+            if len(run) == 1:
+                return [error]
+        return [self._outcomes([wanted])[0] for wanted in run]  # which of them is broken
+
+    def _finish(self, wanted: _Wanted, outcome: Block | BaseException) -> None:
         del self._pending[wanted.block]
-        self._in_flight -= 1
-        if loaded is None:
+        if isinstance(outcome, BaseException):
             self._ahead.pop(wanted.block, None)
             return
-        stored = self._stored_bytes(wanted.block)
-        self._limit.done(stored, time.perf_counter(), waiting=self._waiting > 0)
         if not wanted.part:  # those may be mapped from disk
-            self._decoded += loaded.memory_bytes
-            self._stored += stored
+            self._decoded += outcome.memory_bytes
+            self._stored += self._stored_bytes(wanted.block)
         if wanted.block in self._ahead:
-            self._ahead[wanted.block] = loaded.memory_bytes
-        self._held[wanted.block] = loaded
-        self._keep(wanted.block, loaded)
+            self._ahead[wanted.block] = outcome.memory_bytes
+        self._held[wanted.block] = outcome
+        self._keep(wanted.block, outcome)
 
     def _keep(self, block: int, loaded: Block) -> None:
         """Make a block the most recent one and let the oldest go."""

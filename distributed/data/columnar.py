@@ -228,22 +228,36 @@ def _wanted_part(address: BlockAddress) -> _Part:
 
 def require_to_fit(address: BlockAddress) -> None:
     """Raises UserError for a row group whose needed columns, as the footer has their sizes, do not fit into memory."""
-    nbytes = _wanted_part(address).decoded_bytes
-    require_memory(address.file, nbytes, f"row group {address.number}", REMEDY)
+    _require(address, _wanted_part(address))
+
+
+def _require(address: BlockAddress, part: _Part) -> None:
+    require_memory(address.file, part.decoded_bytes, f"row group {address.number}", REMEDY)
 
 
 def read_parquet(address: BlockAddress) -> Block:
     """One row group, needed columns only, in as few ranged reads as pay."""
+    return read_row_groups([address])[0]
+
+
+def read_row_groups(addresses: Sequence[BlockAddress]) -> list[Block]:
+    """The same of several row groups of one file, in ascending order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    require_to_fit(address)
-    part, footer, handle = _wanted_part(address), _footer(address.file), RangeFile(address.file)
-    for start, stop in _coalesced(part.ranges):
+    file = addresses[0].file
+    parts = [_wanted_part(address) for address in addresses]
+    for address, part in zip(addresses, parts, strict=True):
+        _require(address, part)
+    footer, handle = _footer(file), RangeFile(file)
+    for start, stop in _coalesced(sorted(chunk for part in parts for chunk in part.ranges)):
         handle.fetch(start, stop)
 
-    def decode() -> Any:
+    def decode() -> list[Any]:
         parquet = pq.ParquetFile(pa.PythonFile(handle, mode="r"), metadata=footer)
-        return parquet.read_row_group(address.number, columns=list(part.columns), use_threads=False)
+        return [
+            parquet.read_row_group(address.number, columns=list(part.columns), use_threads=False)
+            for address, part in zip(addresses, parts, strict=True)
+        ]
 
-    return ArrowBlock(readable(address.file, "parquet", decode))
+    return [ArrowBlock(table) for table in readable(file, "parquet", decode)]

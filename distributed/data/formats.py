@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ class FileFormat(NamedTuple):
     frozen: Frozen | None = None
     require_to_fit: Callable[[BlockAddress], None] | None = None
     """Raises UserError for a block that memory does not hold, where that can be told without reading it."""
+    read_run: Callable[[Sequence[BlockAddress]], list[Block]] | None = None
+    """Of formats whose small neighbouring blocks one read can bring."""
 
 
 _TABLE = Frozen(columnar.freeze, columnar.thaw)
@@ -46,7 +48,9 @@ _PARSERS: dict[str, whole.Parse] = {
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 FORMATS: dict[str, FileFormat] = {
-    "parquet": FileFormat(columnar.scan_parquet, columnar.read_parquet, _TABLE, columnar.require_to_fit),
+    "parquet": FileFormat(
+        columnar.scan_parquet, columnar.read_parquet, _TABLE, columnar.require_to_fit, columnar.read_row_groups
+    ),
     "arrow": FileFormat(arrow_ipc.scan, arrow_ipc.read, _TABLE),
     "jsonl": FileFormat(jsonl.scan, jsonl.read, Frozen(jsonl.freeze, jsonl.thaw_range)),
     "json": FileFormat(json_rows.scan, partial(whole.read_plain, parse=_PARSERS["json"])),

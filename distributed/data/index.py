@@ -141,6 +141,12 @@ class Index:
         """Read and decode a block: all its rows."""
         return FORMATS[self.kind(block)].read(self.address(block))
 
+    def read_run(self, blocks: Sequence[int]) -> list[Block]:
+        """The same of blocks of one file, in as few reads as pay; for formats that can."""
+        read = FORMATS[self.kind(blocks[0])].read_run
+        assert read is not None
+        return read([self.address(block) for block in blocks])
+
     def used_rows(self, block: int, whole: Block) -> Block:
         """Those of its rows that are used."""
         take = int(self.block_take[block])

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,19 @@ class BlockReader:
         """A block that others on the node may want too."""
         large = int(self._index.block_bytes[block]) >= LARGE_BYTES
         return self._read(block, self._place is not None and (large or self._place.every_block))
+
+    def joins(self, block: int) -> bool:
+        """See `cache.Neighbours`; of blocks on the node's disk each is one by itself."""
+        file = self._index.block_file
+        private = self._place is None or not self._place.every_block
+        return bool(private and file[block] == file[block + 1] and FORMATS[self._index.kind(block)].read_run)
+
+    def read_run(self, blocks: Sequence[int]) -> list[Block]:
+        """See `cache.Neighbours`."""
+        decoded = self._index.read_run(blocks)
+        with self._lock:
+            self.read_bytes += int(self._index.block_bytes[blocks].sum())
+        return [self._index.used_rows(block, whole) for block, whole in zip(blocks, decoded, strict=True)]
 
     def _read(self, block: int, shared: bool) -> Block:
         """Formats that cannot be mapped are never shared."""

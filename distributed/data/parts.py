@@ -181,7 +181,11 @@ class PartSpec:
         stored = self.index.block_bytes
         blocks = BlockReader(self.index, self.node_place)
         cache = BlockCache(
-            blocks.read, self.cache_bytes, stored_bytes=lambda block: int(stored[block]), read_part=blocks.read_part
+            blocks.read,
+            self.cache_bytes,
+            stored_bytes=lambda block: int(stored[block]),
+            read_part=blocks.read_part,
+            neighbours=blocks,
         )
         rows = RowReader(self.index, cache)
         plans = plan_lanes(self.index, self.data, self.train, self.share.num_streams)

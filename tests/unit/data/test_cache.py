@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from ftlaunch.distributed.data.cache import BlockCache
+from ftlaunch.distributed.data.cache import JOINED_BYTES, BlockCache
 from ftlaunch.distributed.data.feed import Room
 from ftlaunch.distributed.data.read_limit import FEWEST_READS, FIRST_READS, REST_ROUNDS, ReadLimit
 
@@ -135,6 +136,65 @@ def test_of_a_part_it_is_said_so():
     cache = BlockCache(lambda block: Fake(block, 1), read_part=note)
     cache.get_all([0, 1, 2], parts={1})
     assert said == [1]
+    cache.close()
+
+
+class Shelf:
+    """Neighbours that are read together, but not across a multiple of ten; `broken` ones cannot be read."""
+
+    def __init__(self, broken: set[int] = frozenset()) -> None:
+        self.broken = broken
+        self.runs: list[list[int]] = []
+
+    def joins(self, block: int) -> bool:
+        return (block + 1) % 10 != 0
+
+    def read_run(self, blocks: Sequence[int]) -> list[Fake]:
+        self.runs.append(list(blocks))
+        return [self.read(block) for block in blocks]
+
+    def read(self, block: int) -> Fake:
+        if block in self.broken:
+            raise ValueError(f"block {block} is broken")
+        return Fake(block, 1)
+
+
+def shelf_cache(shelf: Shelf, nbytes: int) -> BlockCache:
+    return BlockCache(shelf.read, stored_bytes=lambda _: nbytes, neighbours=shelf)
+
+
+def test_neighbours_that_are_wanted_together_are_one_read():
+    shelf = Shelf()
+    cache = shelf_cache(shelf, JOINED_BYTES // 4)
+    with cache.all_at_once():
+        ahead = [*cache.prefetch([7, 12, 2]), *cache.prefetch([8, 10, 9, 11, 3, 14])]
+        assert not shelf.runs, "somebody might ask for more"
+        assert cache.get(3).number == 3
+    assert [one.result(60).number for one in ahead] == [7, 12, 2, 8, 10, 9, 11, 3, 14]
+    assert sorted(shelf.runs) == [[2, 3], [7, 8, 9], [10, 11, 12]]
+    cache.close()
+
+
+def test_a_read_of_neighbours_stays_small():
+    shelf = Shelf()
+    cache = shelf_cache(shelf, JOINED_BYTES // 4)
+    assert [block.number for block in cache.get_all(range(10))] == list(range(10))
+    assert sorted(shelf.runs) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    cache.close()
+    alone = Shelf()
+    cache = shelf_cache(alone, JOINED_BYTES)
+    assert [block.number for block in cache.get_all(range(10))] == list(range(10))
+    assert not alone.runs
+    cache.close()
+
+
+def test_a_broken_block_breaks_none_of_its_neighbours():
+    shelf = Shelf(broken={4})
+    cache = shelf_cache(shelf, 1)
+    ahead = cache.prefetch(range(3, 6))
+    assert [ahead[0].result(60).number, ahead[2].result(60).number] == [3, 5]
+    with pytest.raises(ValueError, match="block 4"):
+        cache.get(4)
     cache.close()
 
 

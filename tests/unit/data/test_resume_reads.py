@@ -10,6 +10,7 @@ from streams import bins_of, collate, encode
 
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.index import Index
+from ftlaunch.distributed.data.node_cache import BlockReader
 from ftlaunch.distributed.data.read_limit import MAX_READS, ReadLimit
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.recipes.schema import Recipe
@@ -67,6 +68,7 @@ def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, mon
     held = {address[0] for state in states.values() for address in state["buffer"]}
     assert len(held) >= 8, "otherwise the test shows nothing"
 
+    monkeypatch.setattr(BlockReader, "joins", lambda *_: False)  # every block by a read of its own
     gate, read = Gate(min(MAX_READS, len(held))), Index.read_whole
 
     def gated(index, block):
@@ -76,6 +78,33 @@ def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, mon
     monkeypatch.setattr(Index, "read_whole", gated)
     again = open_in(tmp_path)
     again.restore(states)
+    assert [bins_of(again.next_step()) for _ in range(3)] == rest
+    again.close()
+
+
+def test_blocks_that_lie_beside_each_other_come_by_one_read(tmp_path, monkeypatch):
+    rows = [f"{number} {1 + number * 7 % 30}" for number in range(1600)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=20)
+    stream = open_in(tmp_path)
+    for _ in range(40):
+        stream.next_step()
+    states = stream.state()
+    rest = [bins_of(stream.next_step()) for _ in range(3)]
+    stream.close()
+
+    runs, read = [], Index.read_run
+
+    def noted(index, blocks):
+        runs.append(list(blocks))
+        return read(index, blocks)
+
+    monkeypatch.setattr(Index, "read_run", noted)
+    again = open_in(tmp_path)
+    again.restore(states)
+    held = {address[0] for state in states.values() for address in state["buffer"]}
+    begun = {block for run in runs for block in run}
+    assert len(begun & held) > len(held) / 2, (runs, held)
+    assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
     assert [bins_of(again.next_step()) for _ in range(3)] == rest
     again.close()
 
