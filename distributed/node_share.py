@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import storage
-from .data.node_cache import NodeFolder, locked, make_room
+from .node_folder import NodeFolder, locked, make_room
 from .world import World
 
 BLOCK = ".block"
@@ -76,8 +76,6 @@ def shared_on_node(url: str, world: World, attempt: str) -> Iterator[NodeShare |
         return
     folder = NodeFolder(f"weights {attempt} {world.node_rank}")
     try:
-        yield NodeShare(
-            folder.place.folder, min(WINDOW_BYTES, folder.place.max_bytes), world.local_rank / world.local_size
-        )
+        yield NodeShare(folder.path, min(WINDOW_BYTES, folder.max_bytes), world.local_rank / world.local_size)
     finally:
         folder.close()

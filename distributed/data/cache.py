@@ -39,7 +39,6 @@ class Neighbours(Protocol):
         ...
 
 
-
 @dataclass
 class _Wanted:
     """A block that is not there yet. `ahead`: nobody waits for it; `part`: others serve the rest of it;

@@ -3,34 +3,25 @@ asks for it. They are fetched and decoded once, and mapped by all processes of t
 
 A decoded block is an Arrow IPC file in a private folder on local disk. Whoever wants a block first decodes it under a
 lock and the others wait; all map the file, so that its pages are in memory once and the system may drop them. The
-folder lives as long as any rank of the run's attempt on this node holds it; one that a crash left is removed by the
-next run that starts there.
+folder is `node_folder`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...recipes.errors import InfrastructureError
+from ..node_folder import locked, make_room
 from .block import Block
 from .formats import FORMATS
 from .index import Index
 
 LARGE_BYTES = 8 * 2**20
 """Stored bytes of a block from which on it is shared; to decode a smaller one again costs less than to store it."""
-
-FREE_SHARE = 0.2
-"""Of the disk's free space when the folder is made: what blocks may take, the least recently used leave first."""
 
 MAPPED_BYTES = 2**16
 """What a mapped block counts for in the memory of the process that maps it."""
@@ -122,30 +113,6 @@ def _stored(table: Any, path: Path, place: NodePlace) -> Any | None:
     return _mapped(path)
 
 
-def make_room(folder: Path, suffix: str, nbytes: int, max_bytes: int) -> bool:
-    """Whether so many bytes more may be stored among a folder's files of this suffix: those that were used least
-    recently leave for them."""
-    if nbytes > max_bytes:
-        return False
-    with locked(folder / "room.lock"):
-        stored = sorted(_uses(folder, suffix))
-        total = sum(size for _, _, size in stored)
-        for _, path, size in stored:
-            if total + nbytes <= max_bytes:
-                break
-            path.unlink(missing_ok=True)  # who has mapped it keeps it
-            total -= size
-    return True
-
-
-def _uses(folder: Path, suffix: str) -> Iterator[tuple[int, Path, int]]:
-    """When each file was last used, and its size."""
-    for path in folder.glob(f"*{suffix}"):
-        with contextlib.suppress(FileNotFoundError):
-            status = path.stat()
-            yield status.st_mtime_ns, path, status.st_size
-
-
 def _mapped(path: Path) -> Any | None:
     """The table in a file; None: there is none. Its use is noted."""
     import pyarrow as pa
@@ -157,73 +124,3 @@ def _mapped(path: Path) -> Any | None:
     except FileNotFoundError:
         return None
     return table
-
-
-class NodeFolder:
-    """A rank's hold on the folder that the ranks of an attempt share on a node. `key` tells attempts apart."""
-
-    def __init__(self, key: str, base: Path | None = None, *, every_block_bytes: int | None = None) -> None:
-        """`every_block_bytes`: what all blocks may take; None: only large ones are shared. Raises InfrastructureError
-        where somebody else's folder is in the way."""
-        root = (base or Path(tempfile.gettempdir())) / f"ftlaunch-blocks-{os.getuid()}"
-        _make_private(root)
-        _sweep(root)
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        self._lock = _hold(root / f"{name}.lock")
-        _make_private(root / name)
-        usual = int(shutil.disk_usage(root).free * FREE_SHARE)
-        self.place = NodePlace(root / name, every_block_bytes or usual, every_block_bytes is not None)
-
-    def close(self) -> None:
-        """Let go of it; the last one removes it."""
-        _remove_unless_held(self._lock, self.place.folder)
-        os.close(self._lock)
-
-
-def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise InfrastructureError(f"{folder} belongs to somebody else, or others may read it. Remove it.")
-
-
-def _hold(path: Path) -> int:
-    """A shared lock on a file that is really there: its last holder may just have removed it."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(lock).st_ino == path.stat().st_ino:
-                return lock
-        os.close(lock)
-
-
-def _remove_unless_held(lock: int, folder: Path) -> None:
-    """Remove a folder and its lock file, unless another process holds the lock. A hold of one's own is given up
-    first, so of several that leave at once the last one removes it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".lock").unlink(missing_ok=True)
-
-
-def _sweep(root: Path) -> None:
-    """Remove the folders that nobody holds: their processes were killed."""
-    for path in root.glob("*.lock"):
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDWR)
-            _remove_unless_held(lock, path.with_suffix(""))
-            os.close(lock)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file for the block; a killed process lets go of it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

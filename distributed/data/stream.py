@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from ...recipes.methods.base import Rejected, RowId
 from ...recipes.schema import Data, Recipe
+from ..node_folder import NodeFolder
 from . import counters
 from .feed import AHEAD_BYTES, Feed, ThreadFeed
 from .index import Index
 from .intake import Encode
 from .lane_plan import plan_lanes, total_bytes
-from .node_cache import LARGE_BYTES, NodeFolder
+from .node_cache import LARGE_BYTES, NodePlace
 from .parts import Collate, MicroBatch, PartSpec, States, split_share
 from .process_feed import ProcessFeed
 from .share import Share, share_of
@@ -137,7 +138,8 @@ def open_stream(
     shares = split_share(share, train.micro_batch_size, max(1, reader_processes))
     open_feed = ProcessFeed if reader_processes else ThreadFeed
     node = _node_folder(index, data, node_key)
-    place, cache_bytes = node.place if node else None, CACHE_BYTES // len(shares)
+    place = NodePlace(node.path, node.max_bytes, data.disk_cache_gb is not None) if node else None
+    cache_bytes = CACHE_BYTES // len(shares)
     feeds: list[Feed] = []
     for part in shares:
         spec = PartSpec(index, data, train, part, encode, collate, pad_to_full, cache_bytes, place)
@@ -147,7 +149,7 @@ def open_stream(
 
 def _node_folder(index: Index, data: Data, key: str | None) -> NodeFolder | None:
     if key and data.disk_cache_gb is not None:
-        return NodeFolder(key, every_block_bytes=int(data.disk_cache_gb * 1e9))
+        return NodeFolder(key, max_bytes=int(data.disk_cache_gb * 1e9))
     return NodeFolder(key) if key and (index.block_bytes >= LARGE_BYTES).any() else None
 
 

@@ -18,8 +18,9 @@ from streams import Source, collate, make_case
 
 from ftlaunch.distributed.data import node_cache, stream
 from ftlaunch.distributed.data.build import build_index
-from ftlaunch.distributed.data.node_cache import BlockReader, NodeFolder, NodePlace
-from ftlaunch.recipes.errors import InfrastructureError, UserError
+from ftlaunch.distributed.data.node_cache import BlockReader, NodePlace
+from ftlaunch.distributed.node_folder import NodeFolder
+from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.schema import TrainSource
 
 ROWS = [{"text": f"row {number} é", "other": {"a": [number], "b": None}} for number in range(50)]
@@ -108,35 +109,6 @@ def test_a_block_without_room_is_read_all_the_same(tmp_path, place):
     assert list(place.folder.glob("*.arrow")) == list(place.folder.glob("*.tmp")) == []
 
 
-def test_the_folder_goes_with_its_last_holder(tmp_path):
-    first, second = NodeFolder("run attempt 1", tmp_path), NodeFolder("run attempt 1", tmp_path)
-    assert first.place.folder == second.place.folder
-    assert first.place.folder.stat().st_mode & 0o777 == 0o700
-    other = NodeFolder("run attempt 2", tmp_path)
-    first.close()
-    assert second.place.folder.is_dir()
-    second.close()
-    assert not second.place.folder.exists()
-    assert other.place.folder.is_dir()
-    other.close()
-    assert [*other.place.folder.parent.iterdir()] == []
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    left = NodeFolder("killed", tmp_path)
-    (left.place.folder / "0.arrow").write_bytes(b"x")
-    os.close(left._lock)  # what the system does for a killed process
-    with closing(NodeFolder("next", tmp_path)):
-        assert not left.place.folder.exists()
-
-
-def test_somebody_elses_folder_is_refused(tmp_path):
-    (tmp_path / f"ftlaunch-blocks-{os.getuid()}").mkdir(mode=0o755)
-    (tmp_path / f"ftlaunch-blocks-{os.getuid()}").chmod(0o755)
-    with pytest.raises(InfrastructureError, match="others may read it"):
-        NodeFolder("run", tmp_path)
-
-
 def test_numbers_of_blocks_without_tables_are_read_as_ever(tmp_path, place):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     index = index_of(tmp_path / "a.txt")
@@ -157,8 +129,9 @@ def test_a_disk_cache_keeps_every_block_and_names_rows_as_before(tmp_path, monke
     monkeypatch.setattr(node_cache, "LARGE_BYTES", 2**40)
     index = build_index([TrainSource(path=str(write(tmp_path)), format="text")], ["s"], block_bytes=1000)
     (tmp_path / "cache").mkdir()
-    with closing(NodeFolder("run", tmp_path / "cache", every_block_bytes=10**9)) as folder:
-        first, second = BlockReader(index, folder.place), BlockReader(index, folder.place)
+    with closing(NodeFolder("run", tmp_path / "cache")) as folder:
+        place = NodePlace(folder.path, 10**9, every_block=True)
+        first, second = BlockReader(index, place), BlockReader(index, place)
         for block in range(index.num_blocks):
             plain = index.read_block(block)
             for cached in (first.read(block), second.read(block), second.read_part(block)):
