@@ -19,7 +19,7 @@ from .checkpoint.fetch import Share
 from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.retention import Retention, apply_retention
+from .checkpoint.retention import Retention, apply_retention, drop_unfinished_uploads
 from .checkpoint.save import CheckpointWriter, folder_of, path_of
 from .checkpoint.staging import Staging
 from .data import counters
@@ -65,6 +65,7 @@ class Saver:
     rejections: Rejections = field(default_factory=Rejections)
     _pending: _Pending | None = None
     _since_save: Stopwatch = field(default_factory=Stopwatch)
+    _is_first_room: bool = True
 
     def save(self, extent: Extent, *, last: bool = False) -> None:
         """Write, verify and commit a checkpoint of the weights as they are; a step that is saved stays as it is, but
@@ -181,13 +182,15 @@ class Saver:
         return minutes is not None and self._since_save.elapsed() >= 60 * minutes
 
     def _make_room(self, recorder: Recorder) -> None:
-        apply_retention(
-            self.run.url,
-            retention_of(self.recipe),
-            attempt=self.writer.attempt,
-            alive=[attempt.number for attempt in self.run.live_attempts()],
-            report=partial(recorder.message, level="warning"),
-        )
+        who: Any = {
+            "attempt": self.writer.attempt,
+            "alive": [attempt.number for attempt in self.run.live_attempts()],
+            "report": partial(recorder.message, level="warning"),
+        }
+        apply_retention(self.run.url, retention_of(self.recipe), **who)
+        if self._is_first_room:  # by now attempts that were killed before this one no longer look alive
+            self._is_first_room = False
+            drop_unfinished_uploads(self.run.url, **who)
 
 
 def retention_of(recipe: Recipe) -> Retention:

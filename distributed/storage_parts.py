@@ -7,7 +7,7 @@ client sends from an event loop, which takes half as much processor time again a
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -55,14 +55,14 @@ class PartUploads:
     def begin(self, url: str) -> str:
         """Name of a new upload, which takes parts from any process. What it becomes is not seen before `finish`."""
         kind = {"ChecksumAlgorithm": "CRC32"} if self._checks else {}
-        name: str = self._call("create_multipart_upload", url, **kind)["UploadId"]
+        name: str = self._of_file("create_multipart_upload", url, **kind)["UploadId"]
         return name
 
     def send(self, url: str, upload: str, number: int, data: bytes | bytearray, crc32: int) -> PartMark:
         """Part `number`, from 1. The store holds it against its checksum (zlib's)."""
         checksum = base64.b64encode(crc32.to_bytes(4, "big")).decode()
         part = {"UploadId": upload, "PartNumber": number, "Body": data, **self._checked(checksum)}
-        return PartMark(self._call("upload_part", url, **part)["ETag"], checksum)
+        return PartMark(self._of_file("upload_part", url, **part)["ETag"], checksum)
 
     def finish(self, url: str, upload: str, marks: Sequence[PartMark], size: int) -> None:
         """Make the file of its parts, in their order. One that is there already had its answer lost on the way."""
@@ -71,12 +71,23 @@ class PartUploads:
             for number, mark in enumerate(marks, 1)
         ]
         try:
-            self._call("complete_multipart_upload", url, UploadId=upload, MultipartUpload={"Parts": parts})
+            self._of_file("complete_multipart_upload", url, UploadId=upload, MultipartUpload={"Parts": parts})
         except UserError:
             with suppress(FtlaunchError):
                 if info(url).size == size:
                     return
             raise
+
+    def unfinished(self, folder: str) -> Iterator[tuple[str, str]]:
+        """URL and name of the uploads below a folder that nobody has finished yet."""
+        below = folder.rstrip("/") + "/"
+        bucket, prefix, _ = self._fs.split_path(below)
+        page: Mapping[str, Any] = {"IsTruncated": True}
+        while page.get("IsTruncated"):
+            after = {name: page[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker") if page.get(f"Next{name}")}
+            page = self._call("list_multipart_uploads", below, Bucket=bucket, Prefix=prefix, **after)
+            for one in page.get("Uploads", ()):
+                yield below + one["Key"].removeprefix(prefix), one["UploadId"]
 
     def _checked(self, checksum: str) -> dict[str, str]:
         return {"ChecksumCRC32": checksum} if self._checks else {}
@@ -84,14 +95,17 @@ class PartUploads:
     def abort(self, url: str, upload: str) -> None:
         """Parts that become nothing are paid for."""
         with suppress(FtlaunchError):
-            self._call("abort_multipart_upload", url, UploadId=upload)
+            self._of_file("abort_multipart_upload", url, UploadId=upload)
+
+    def _of_file(self, operation: str, url: str, **request: Any) -> Mapping[str, Any]:
+        bucket, key, _ = self._fs.split_path(url)
+        return self._call(operation, url, **request, Bucket=bucket, Key=key)
 
     def _call(self, operation: str, url: str, **request: Any) -> Mapping[str, Any]:
         from botocore.exceptions import ClientError
         from s3fs.errors import translate_boto_error
 
-        bucket, key, _ = self._fs.split_path(url)
-        request = {**self._always(operation), **request, "Bucket": bucket, "Key": key}
+        request = {**self._always(operation), **request}
 
         def call() -> Mapping[str, Any]:
             try:

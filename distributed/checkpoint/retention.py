@@ -7,7 +7,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ...recipes.errors import FtlaunchError
 from .. import storage
+from ..storage_parts import PartUploads, takes_parts
 from .commit import (
     CommitRecord,
     Report,
@@ -70,6 +72,23 @@ def apply_retention(
         storage.delete_tree(storage.join(run_url, name))
     _drop_training_state(run_url, [record for record in whole if record.step in keep], retention.resumable)
     return gone
+
+
+def drop_unfinished_uploads(run_url: str, *, attempt: int, alive: Collection[int], report: Report) -> int:
+    """Have the store forget uploads of attempts older than ours that were killed in a save: parts of what is no file
+    are paid for. How many there were; a store that does not let us look is left as it is."""
+    if attempt == 1 or not takes_parts(run_url):
+        return 0
+    uploads = PartUploads(run_url)
+    below = run_url.rstrip("/") + "/"
+    try:
+        found = [(url, name, url.removeprefix(below).partition("/")[0]) for url, name in uploads.unfinished(run_url)]
+    except FtlaunchError as error:
+        report(f"Uploads that killed attempts may have left cannot be listed: {error}")
+        return 0
+    left = set(orphans([folder for _, _, folder in found], (), attempt=attempt, alive=alive))
+    dropped = [uploads.abort(url, name) for url, name, folder in found if folder in left]
+    return len(dropped)
 
 
 def _drop_training_state(run_url: str, records: Sequence[CommitRecord], keep: int) -> None:

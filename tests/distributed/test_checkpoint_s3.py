@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zlib
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from ftlaunch.distributed.checkpoint.commit import CommitRecord, commit, latest,
 from ftlaunch.distributed.checkpoint.fragments import Fragment, TensorSpec
 from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
-from ftlaunch.distributed.checkpoint.retention import Retention, apply_retention
+from ftlaunch.distributed.checkpoint.retention import Retention, apply_retention, drop_unfinished_uploads
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter, Content
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
 from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.distributed.storage_parts import PART_BYTES, PartUploads
 
 TENSORS = {f"w{i}": torch.arange(3000.0) + i for i in range(5)}
 
@@ -137,6 +139,21 @@ def test_the_run_directory_and_retention_on_a_store(run):
     assert apply_retention(run, Retention(1), alive={1}, **about) == []
     assert apply_retention(run, Retention(1), alive=set(), **about) == ["step-000006.a1"]
     assert latest(run, pytest.fail) == record
+
+
+def test_what_killed_attempts_were_uploading_is_dropped(run):
+    uploads = PartUploads(run)
+    begun = {}
+    for step, attempt in ((5, 1), (6, 2), (6, 3), (7, 4)):
+        url = storage.join(run, f"step-{step:06}.a{attempt}", "model.safetensors")
+        begun[attempt] = (url, uploads.begin(url))
+        data = bytes(PART_BYTES)
+        uploads.send(*begun[attempt], 1, data, zlib.crc32(data))
+    uploads.begin(elsewhere := storage.join(run + "-2", "step-000005.a1", "model.safetensors"))
+    dropped = drop_unfinished_uploads(run, attempt=3, alive={2}, report=pytest.fail)
+    assert dropped == 1
+    assert set(uploads.unfinished(run)) == {begun[attempt] for attempt in (2, 3, 4)}
+    assert [url for url, _ in uploads.unfinished(run + "-2")] == [elsewhere]
 
 
 # --- a store that fails in mid-upload -------------------------------------------------------------------------------
