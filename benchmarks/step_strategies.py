@@ -23,7 +23,7 @@ from step_overhead import Side, write_inputs
 from strategy_sides import BY_HAND, RANKS
 from workload import Size
 
-CLAIM = "Tokens/s of every strategy against the same library driven by hand (1 is as fast): at least 0.95."
+CLAIM = "Tokens/s of every strategy against the same library driven by hand (1 is as fast): at least 0.9."
 SIZE = Size(hidden=512, layers=10, vocab=16_384, sequence=256, batch=2)
 TINY = Size(hidden=64, layers=1, vocab=128, sequence=32, batch=2)
 DROPPED = 1
