@@ -117,11 +117,13 @@ class BlockCache:
         """While this holds, reads wait for no others: a run that goes on wants many blocks, all for its first step.
         None is read before somebody waits for one, so that by then it is known which of them lie beside each other."""
         self._gathering = True
-        with self._limit.lifted():
-            yield
-        with self._lock:
-            self._gathering = False
-            self._start_reads()
+        try:
+            with self._limit.lifted():
+                yield
+        finally:
+            with self._lock:
+                self._gathering = False
+                self._start_reads()
 
     def get_all(self, blocks: Iterable[int], parts: Collection[int] = (), needed_bytes: int = 0) -> list[Block]:
         """The decoded blocks, once all are there; of `parts` only a part will be served, `needed_bytes` (stored) in
