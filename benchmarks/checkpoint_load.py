@@ -10,7 +10,6 @@ raw read of the bytes of our files by the same ranks. All read from the page cac
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -36,10 +35,13 @@ FORMATS = {"raw": "ours", "ours_fsdp": "ours", "ours_zero3": "ours", "dcp": "dcp
 
 @dataclass
 class Group:
-    """Processes of one world size, and what their turns showed besides seconds."""
+    """Turns of one world size, each in processes of its own (DeepSpeed's engines are never freed), and what they showed
+    besides seconds."""
 
-    lines: list[Any]
-    processes: list[Any]
+    size: int
+    model: str
+    place: str
+    seed: int
     needed: dict[str, int] = field(default_factory=dict)
     read: Rounds = field(default_factory=dict)
     peak: Rounds = field(default_factory=dict)
@@ -68,32 +70,25 @@ class Group:
 
     def tell(self, words: str) -> list[Any]:
         """Every rank does it; what they answer."""
-        for line in self.lines:
-            line.send(words)
-        return [line.recv() for line in self.lines]
-
-
-@contextlib.contextmanager
-def group_of(size: int, model: str, place: str, seed: int) -> Iterator[Group]:
-    """Ranks that wait for turns."""
-    context = multiprocessing.get_context("spawn")
-    meeting = tempfile.mktemp(prefix="rendezvous-", dir=place)  # two groups of a size must not meet in one file
-    lines, processes = [], []
-    for rank in range(size):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=serve, args=(rank, size, model, place, meeting, seed, there)))
-        processes[-1].start()
-        there.close()
-        lines.append(here)
-    for line in lines:
-        line.recv()
-    try:
-        yield Group(lines, processes)
-    finally:
-        for line in lines:
-            line.close()
-        for process in processes:
-            process.join()
+        context = multiprocessing.get_context("fork")  # what is imported is imported once
+        meeting = tempfile.mktemp(prefix="rendezvous-", dir=self.place)
+        lines, processes = [], []
+        for rank in range(self.size):
+            here, there = context.Pipe(duplex=False)
+            about = (rank, self.size, self.model, self.place, meeting, self.seed)
+            processes.append(context.Process(target=serve, args=(*about, words, there)))
+            processes[-1].start()
+            there.close()
+            lines.append(here)
+        try:
+            return [line.recv() for line in lines]
+        except EOFError as error:
+            for process in processes:
+                process.kill()
+            raise SystemExit(f"a rank died in {words!r} at world size {self.size}") from error
+        finally:
+            for process in processes:
+                process.join()
 
 
 def measure(
@@ -102,13 +97,12 @@ def measure(
     """All sides at one world size; one turn each before those that count."""
     title = f"saved by {SAVED_BY}, loaded by {size}"
     sides = [side for side in sides if side != "deepspeed" or size == SAVED_BY]
-    with group_of(size, f"{place}/model", place, options.seed) as group:
-        group.needed = needed
-        turns = {side: partial(group.turn, side) for side in sides}
-        if not options.quick:
-            interleave(turns, 1, f"{title}, to warm up")
-            group.read, group.peak, group.extra = {}, {}, {}
-        seconds = interleave(turns, options.rounds, title)
+    group = Group(size, f"{place}/model", place, options.seed, needed)
+    turns = {side: partial(group.turn, side) for side in sides}
+    if not options.quick:
+        interleave(turns, 1, f"{title}, to warm up")
+        group.read, group.peak, group.extra = {}, {}, {}
+    seconds = interleave(turns, options.rounds, title)
     base = "raw" if "raw" in sides else sides[0]
     loads = [side for side in sides if side != "raw"]
     found = [
@@ -127,9 +121,8 @@ def write_all(formats: Sequence[str], options: argparse.Namespace, place: str) -
     config = model_config(options.parameters * 1e9, tied=True, quick=options.quick)
     about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (model / "config.json").write_text(json.dumps({**config, **about}))
-    with group_of(SAVED_BY, str(model), place, options.seed) as group:
-        for name in formats:
-            group.tell(f"write {name}")
+    for name in formats:
+        Group(SAVED_BY, str(model), place, options.seed).tell(f"write {name}")
     return {name: _stored(Path(place) / name) for name in formats}
 
 

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import deepspeed  # noqa: F401  takes long: once, before the ranks are forked
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers.models.llama.modeling_llama  # noqa: F401  the same
 from save_ranks import resident_bytes
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -282,17 +283,12 @@ def _read_so_far() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-def serve(rank: int, size: int, model: str, place: str, meeting: str, seed: int, line: Connection) -> None:
-    """A rank: takes turns by name (`write NAME` or `load NAME`) until the line is closed. `meeting`: a new file's
-    path, where the ranks find each other."""
+def serve(rank: int, size: int, model: str, place: str, meeting: str, seed: int, words: str, line: Connection) -> None:
+    """A rank's turn, `write NAME` or `load NAME`. `meeting`: a new file's path, where the ranks find each other."""
     torch.set_num_threads(1)
     store = dist.FileStore(meeting, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     ranks = Ranks(rank, size, model, Path(place), seed)
-    line.send(None)
-    with suppress(EOFError):  # nobody has another turn to give
-        while True:
-            what, _, name = line.recv().partition(" ")
-            line.send(WRITERS[name](ranks) if what == "write" else take_turn(ranks, name))
-            gc.collect()
+    what, _, name = words.partition(" ")
+    line.send(WRITERS[name](ranks) if what == "write" else take_turn(ranks, name))
     dist.destroy_process_group()
