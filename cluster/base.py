@@ -72,6 +72,10 @@ class Need:
     """A folder that all nodes must share; None: the run is in an object store."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Key of the recipe -> file or folder that must be there on every node."""
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    """Key of the recipe -> pattern of files on a disk."""
+    name: str = "run"
+    """The run's."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """The variables here, of which `cluster.env` names those that travel."""
 

@@ -16,6 +16,7 @@ CLUSTERS = {
 
 SUBMITTED_CLUSTERS = {
     "ssh": "ssh:Ssh",
+    "kubernetes": "kubernetes:Kubernetes",
 }
 """Where the driver runs on a node."""
 

@@ -39,7 +39,8 @@ def _section(root: JsonSchema, place: Place) -> Iterator[str]:
     yield "| Key | Type | Default | Meaning |\n|---|---|---|---|"
     for name, schema in place.properties.items():
         default = _default(schema, required=name in definition.get("required", []))
-        yield f"| `{name}` | {_type(root, name, schema)} | {default} | {_meaning(root, name, schema)} |"
+        kind = _type(root, name, schema).replace("|", "\\|")
+        yield f"| `{name}` | {kind} | {default} | {_meaning(root, name, schema)} |"
     yield ""
 
 

@@ -124,7 +124,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
 def _launch(recipe: Recipe) -> tuple[str, ...]:
     if not is_submitted(recipe.cluster):
         return ()
-    return tuple(build_submitted(recipe.cluster, Need(folder=".")).render().splitlines())
+    return tuple(build_submitted(recipe.cluster, Need(folder=".", name=recipe.name)).render().splitlines())
 
 
 def _duration(

@@ -42,6 +42,8 @@ def render_plan(plan: Plan) -> RenderableType:
     """The plan for a terminal."""
     parts: list[RenderableType] = [_heading("recipe", "dim values are defaults"), Text("\n").join(_recipe(plan))]
     parts += [_heading("run"), _facts(_run_facts(plan))]
+    if plan.launch:
+        parts += [_heading("starts"), Text("\n".join(f"  {line}" for line in plan.launch))]
     parts += [_heading("data"), _facts(_source_facts(plan))]
     parts += [_heading("model"), _facts(_model_facts(plan))]
     if plan.warnings:
@@ -99,8 +101,6 @@ def _run_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "directory", plan.run
     yield "world", _world(plan)
     yield "batch", _batch(plan)
-    for line in plan.launch:
-        yield "starts on", line
     duration = plan.duration
     about = "" if duration.exact else "about "
     yield "steps", _number(duration.steps, about)

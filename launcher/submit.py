@@ -94,6 +94,10 @@ def need_of(recipe: Recipe, environ: Mapping[str, str]) -> Need:
         folder=str(Path.cwd()),
         shared=_absolute(place) if storage.is_local(place) else None,
         paths={key: _absolute(path) for key, path in _read_paths(recipe) if _is_file(path)},
+        patterns={
+            key: _absolute(path) for key, path in _read_paths(recipe) if _is_on_disk(path) and not _is_file(path)
+        },
+        name=recipe.name,
         environ=environ,
     )
 
@@ -111,7 +115,11 @@ def _read_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _is_file(path: str) -> bool:
     """Whether it names one local file or folder."""
-    return storage.is_local(path) and not path.startswith("hub:") and not PATTERN & set(path)
+    return _is_on_disk(path) and not PATTERN & set(path)
+
+
+def _is_on_disk(path: str) -> bool:
+    return storage.is_local(path) and not path.startswith("hub:")
 
 
 def _absolute(path: str) -> str:

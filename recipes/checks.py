@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from . import deepspeed_config
+from .checks_kubernetes import kubernetes_keys, kubernetes_queues, kubernetes_volumes
 from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .formats import READ_BY
 from .naming import best_metric, eval_names, source_names
@@ -293,6 +294,9 @@ def hosts_in_one_place(recipe: Recipe) -> Iterator[Problem]:
 
 CHECKS: tuple[Check, ...] = (
     Check(hosts_in_one_place, ("cluster",)),
+    Check(kubernetes_volumes, ("cluster",)),
+    Check(kubernetes_keys, ("cluster",)),
+    Check(kubernetes_queues, ("cluster",)),
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
     Check(source_epochs, ("data", "train")),

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import NonNegativeInt, PositiveInt, Section
+from .schema_kubernetes import KubernetesCluster
+from .section import NonNegativeInt, PositiveInt, Section, VariablePattern
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:%-]*$", max_length=253)]
 UserName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
 ProgramPath = Annotated[str, Field(pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$")]
-VariablePattern = Annotated[str, Field(pattern=r"^[A-Za-z_*][A-Za-z0-9_*]*$")]
 
 
 class LocalCluster(Section):
@@ -71,4 +71,4 @@ class SshCluster(Section):
     """Variables that the ranks get from here: [HF_TOKEN, AWS_*]. They travel in a file of mode 600."""
 
 
-ClusterConfig = Annotated[LocalCluster | RayCluster | SshCluster, Field(discriminator="type")]
+ClusterConfig = Annotated[LocalCluster | RayCluster | SshCluster | KubernetesCluster, Field(discriminator="type")]

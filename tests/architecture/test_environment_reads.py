@@ -13,6 +13,7 @@ ALLOWED = {
     "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",
     "cluster/host_agent.py": "a host's end of SSH: what it starts has the login's environment; the temporary folder",
     "cluster/host_keeper.py": "what it starts has its own environment, and the job's",
+    "cluster/pod_agent.py": "a pod's end: KubeRay says in variables how Ray is started; what it starts has the pod's",
     "recipes/load.py": "resolves ${VAR} in a recipe",
 }
 NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

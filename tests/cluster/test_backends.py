@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from kube_operator import kubernetes_on
 from processes import BIN, Command, ftlaunch, run
 from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
@@ -57,10 +59,22 @@ def ssh(request: pytest.FixtureRequest) -> Iterator[Section]:
     assert {name: host.processes("ray") for name, host in hosts.members.items()} == {name: [] for name in hosts.names}
 
 
+@contextmanager
+def kubernetes(request: pytest.FixtureRequest) -> Iterator[Section]:
+    """Three pods, one rank in each: what is rendered is accepted by the schemas, its commands run on three hosts."""
+    place: Path = request.getfixturevalue("place")
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("kube")
+    with kubernetes_on(request.getfixturevalue("hosts"), folder, place) as (served, _played):
+        yield served.cluster(python=sys.executable, nodes=RANKS, volumes=[{"claim": "shared", "path": str(place)}]), {}
+        left = [name for kind, name in served.kube.objects if kind in ("rayjobs", "rayclusters", "pods", "secrets")]
+        assert left == []
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Section]]] = {
     "local": local,
     "ray": ray,
     "ssh": ssh,
+    "kubernetes": kubernetes,
 }
 
 

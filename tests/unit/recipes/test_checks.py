@@ -12,6 +12,7 @@ from ftlaunch.recipes.schema import Data, EvalSplit, Recipe, Source, TrainSource
 
 A, B = {"path": "a.jsonl"}, {"path": "b.jsonl"}
 REMOTE = {"path": "s3://acme/c.jsonl"}
+PODS = {"type": "kubernetes", "image": "ftlaunch:0.1", "gpus_per_node": 8}
 HELD_OUT = [{"path": "h.jsonl", "name": "held"}]
 
 
@@ -303,6 +304,52 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
         (
             {"cluster": {"type": "ssh", "hosts": ["a", "b", "a"]}},
             "cluster.hosts",
+            {"cluster": {"type": "ray"}},
+        ),
+    ],
+    "kubernetes_volumes": [
+        (
+            {"cluster": {**PODS, "volumes": [{"claim": "a", "path": "/data"}, {"claim": "b", "path": "/data/"}]}},
+            "cluster.volumes.1.path",
+            {"cluster": {**PODS, "volumes": [{"claim": "a", "path": "/data"}, {"claim": "b", "path": "/data2"}]}},
+        ),
+        (
+            {"cluster": {**PODS, "volumes": [{"claim": "a", "path": "/mnt/ftlaunch/job"}]}},
+            "cluster.volumes.0.path",
+            {"cluster": {**PODS, "volumes": [{"claim": "a", "path": "/mnt/data"}]}},
+        ),
+        (
+            {"cluster": {**PODS, "volumes": [{"claim": "a", "path": "/data/../etc"}]}},
+            "cluster.volumes.0.path",
+            {"cluster": {"type": "ray"}},
+        ),
+    ],
+    "kubernetes_keys": [
+        (
+            {"cluster": {**PODS, "labels": {"a team": "b"}}},
+            "cluster.labels",
+            {"cluster": {**PODS, "labels": {"acme.com/team": "b"}}},
+        ),
+        (
+            {"cluster": {**PODS, "resources": {"rdma/hca/8": 1}}},
+            "cluster.resources",
+            {"cluster": {**PODS, "resources": {"rdma/hca": 1}}},
+        ),
+    ],
+    "kubernetes_queues": [
+        (
+            {"cluster": {**PODS, "queue": "gpus", "gang_scheduler": "volcano"}},
+            "cluster.gang_scheduler",
+            {"cluster": {**PODS, "queue": "gpus"}},
+        ),
+        (
+            {"cluster": {**PODS, "gang_queue": "gpus"}},
+            "cluster.gang_queue",
+            {"cluster": {**PODS, "gang_queue": "gpus", "gang_scheduler": "volcano"}},
+        ),
+        (
+            {"cluster": {**PODS, "gang_queue": "gpus", "gang_scheduler": "scheduler-plugins"}},
+            "cluster.gang_queue",
             {"cluster": {"type": "ray"}},
         ),
     ],

@@ -33,6 +33,16 @@ FULL: dict[str, Any] = {
     "cluster": {"type": "local"},
 }
 
+NEEDED: dict[str, dict[str, Any]] = {"kubernetes": {"image": "a", "gpus_per_node": 0}}
+"""What kinds of a section must say."""
+
+PODS = {"type": "kubernetes", **NEEDED["kubernetes"]}
+WITHIN: dict[str, dict[str, Any]] = {
+    "cluster.volumes[]": {**PODS, "volumes": [{"claim": "a", "path": "/a"}]},
+    "cluster.tolerations[]": {**PODS, "tolerations": [{"key": "a"}]},
+}
+"""Sections that only some kinds of a section have: in which."""
+
 
 def recipe_with(place: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
     """A valid recipe that has this kind of section, the section in it, and its dotted key."""
@@ -40,7 +50,9 @@ def recipe_with(place: Place) -> tuple[dict[str, Any], dict[str, Any], str]:
     if place.key == "data.eval":
         recipe["data"]["eval"] = {"fraction": 0.1}
     if place.tag:
-        recipe[place.key] = {"type": place.tag}
+        recipe[place.key] = {"type": place.tag, **NEEDED.get(place.tag, {})}
+    if place.key in WITHIN:
+        recipe[place.key.partition(".")[0]] = copy.deepcopy(WITHIN[place.key])
     section: Any = recipe
     parts = place.key.replace("[]", ".0").split(".") if place.key else []
     for part in parts:

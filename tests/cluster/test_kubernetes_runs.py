@@ -1,0 +1,166 @@
+"""Runs whose RayJob is played on namespace hosts: they go on without us, are followed, stopped, and leave nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kube_api import Served
+from kube_operator import Operator, kubernetes_on
+from processes import Command, ftlaunch, run
+from ssh_hosts import Hosts
+from tiny import recipe_for, write_recipe
+from training import read_run
+
+WAIT_S = 120.0
+SECRET = "hf_" + "q7" * 12
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Seen by all hosts under the same name."""
+    with tempfile.TemporaryDirectory(prefix="ft") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: Hosts, place: Path, tmp_path_factory) -> Iterator[tuple[Served, Operator]]:
+    with kubernetes_on(hosts, tmp_path_factory.mktemp("kube"), place) as made:
+        yield made
+
+
+def prepare(place: Path, name: str, served: Served, steps: int, **changes: object) -> Path:
+    """A recipe; the directory of its run."""
+    section = served.cluster(
+        python=sys.executable, volumes=[{"claim": "shared", "path": str(place)}],
+        env=["OMP_NUM_THREADS", "HF_HUB_*", "HF_TOKEN"], **changes,
+    )  # fmt: skip
+    recipe = recipe_for(place, train={"max_steps": steps}, cluster=section)
+    write_recipe(place / f"{name}.yaml", {**recipe, "name": name})
+    return place / "runs" / name
+
+
+def wait_until(happened, what) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not happened():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+def reached(directory: Path, step: int) -> bool:
+    log = directory / "metrics.jsonl"
+    return log.exists() and f'"step":{step},' in log.read_text()
+
+
+def left(served: Served) -> list[tuple[str, str]]:
+    kinds = ("rayjobs", "rayclusters", "pods", "secrets", "poddisruptionbudgets")
+    return [key for key in served.kube.objects if key[0] in kinds]
+
+
+def test_a_detached_run_goes_on_is_stopped_saves_and_goes_on(cluster, place):
+    served, played = cluster
+    directory = prepare(place, "long", served, 400, nodes=2)
+    code, said = run(ftlaunch("long.yaml", "--detach"), place, {"HF_TOKEN": SECRET})
+    assert code == 0, said
+    assert "it goes on without this command" in said
+    wait_until(lambda: reached(directory, 2), lambda: "".join(log.read_text() for log in served.kube.logs.values()))
+
+    [submission] = (directory / "submissions").glob("*.json")
+    record = json.loads(submission.read_text())
+    [secret] = served.kube.all("secrets")
+    token = base64.b64decode(secret["data"]["auth_token"]).decode()
+    assert len(token) == 64
+    public = [json.dumps(each) for (kind, _), each in served.kube.objects.items() if kind != "secrets"]
+    shown = [log.read_text() for log in played.folder.glob("*.log")]
+    commands = [" ".join(each.cmdline()) for each in _descendants(played)]
+    for text in [*public, *shown, *commands, submission.read_text(), said]:
+        assert token not in text
+        assert SECRET not in text
+    assert [each.environment["HF_TOKEN"] for each in played.containers.values()] == [SECRET] * 2
+    assert not any("driver.json" in each["key"] for each in _worker_items(served))
+    rank0 = json.loads((directory / "attempts/a1.json").read_text())["process"]
+    assert rank0["host"] == "alpha"  # the head, with the driver
+
+    code, said = run(ftlaunch("status", "long"), place)
+    assert f"submitted as job {record['job']}, driven on train/ft-long-{record['job']}" in said
+    attached = Command(ftlaunch("attach", "long"), place)
+    assert attached.wait_until(lambda: "step " in attached.text), attached.text
+    attached.interrupt()
+    assert attached.wait() == 0
+    assert "let go: the run goes on" in attached.text
+
+    code, said = run(ftlaunch("stop", "long"), place)
+    assert code == 0, said
+    assert left(served) == []
+    assert [each.process.poll() for each in played.containers.values()] == [0, 0]
+    assert json.loads((directory / "attempts/a1.end.json").read_text())["outcome"] == "interrupted"
+    code, said = run(ftlaunch("logs", "-f", "long"), place)
+    assert code == 0
+    assert "stopped after step" in said
+    step = read_run(directory).steps[-1]["step"]
+
+    command = ftlaunch("--nodes", "1", "long.yaml", f"train.max_steps={step + 2}", "--accept-changes")
+    code, said = run(command, place, {"HF_TOKEN": SECRET})
+    assert code == 0, said
+    assert f"continuing run long from step {step}" in said
+    assert "ftlaunch: job" not in said  # the line that carries the exit code
+    assert [line["step"] for line in read_run(directory).steps] == list(range(1, step + 3))
+    assert left(served) == []
+
+
+def _descendants(played: Operator) -> list:
+    import psutil
+
+    return [
+        process
+        for container in played.containers.values()
+        for process in [psutil.Process(container.process.pid), *psutil.Process(container.process.pid).children(True)]
+    ]
+
+
+def _worker_items(served: Served) -> list[dict[str, str]]:
+    [job] = served.kube.all("rayjobs")
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return group["template"]["spec"]["volumes"][0]["secret"]["items"]
+
+
+def test_the_launcher_is_killed_after_submission_and_stop_now(cluster, place):
+    served, _played = cluster
+    directory = prepare(place, "alone", served, 400, nodes=2)
+    command = Command(ftlaunch("alone.yaml"), place, {"HF_TOKEN": SECRET})
+    assert command.wait_until(lambda: "waiting: " in command.text), command.text
+    os.kill(command.process.pid, signal.SIGKILL)
+    command.process.wait()
+    wait_until(lambda: reached(directory, 2), lambda: command.text)
+    code, said = run(ftlaunch("stop", "--now", "alone"), place)
+    assert code == 0, said
+    assert left(served) == []
+
+
+def test_an_image_without_what_is_needed_says_so(cluster, place, monkeypatch):
+    served, _played = cluster
+    from importlib.metadata import requires
+
+    directory = prepare(place, "unfit", served, 2)
+    fake = place / "python-without-torch"
+    fake.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "import importlib.metadata as m, runpy, sys; real = m.version; '
+        "m.version = lambda name: '1.0' if name == 'torch' else real(name); sys.argv = sys.argv[2:]; "
+        'runpy.run_path(sys.argv[0], run_name=\'__main__\')" "$@"\n'
+    )
+    fake.chmod(0o755)
+    assert any(each.startswith("torch") for each in requires("ftlaunch"))
+    code, said = run(ftlaunch("unfit.yaml", f"cluster.python={fake}"), place, {"HF_TOKEN": SECRET})
+    assert code == 1, said
+    assert "the image lacks what ftlaunch needs: torch" in said
+    assert "(1.0)" in said
+    assert not directory.exists()
+    assert left(served) == []
