@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ..recipes.errors import UserError
@@ -56,7 +57,8 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     recipe = loaded.recipe
     run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
     run.check()
-    number = run.claim_attempt(world_size=world_size, command=[redact(word, loaded.secrets) for word in command])
+    shown = [redact(word, loaded.secrets) for word in command]
+    number = run.claim_attempt(world_size=world_size, command=shown, folder=str(Path.cwd()))
     text = dump_recipe(recipe, loaded.secrets)
     run.store_recipe(text)
     strategy = run.read_environment().get("strategy")

@@ -67,6 +67,8 @@ class Job:
     command: tuple[str, ...] = ()
     flags: Flags | None = None
     """What the user allowed if the run is there already; None: the launcher has decided."""
+    begun: Callable[[Attempt], None] = lambda _attempt: None
+    """Told on every rank as soon as the attempt has its number."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def run_rank(job: Job) -> str:
             partial(begin_attempt, job.loaded, job.world.size, job.command), "opening the run directory"
         )
         group.alike(partial(attempt.run.check_shared, attempt.number), "looking at the run directory")
+        job.begun(attempt)
         return _attempt(job, group, attempt)
 
 

@@ -16,7 +16,7 @@ from .batch import empty_batch, on_device
 from .data.parts import MicroBatch
 from .group import Group
 from .memory import within_memory
-from .metrics import Recorder
+from .metrics import Recorder, Stopwatch
 from .strategies.base import Engine
 
 Reader = Callable[[], Iterator[MicroBatch]]
@@ -46,13 +46,14 @@ class Evaluator:
         """Losses by "NAME/loss"; the same on every rank. A step that was just measured is not measured again."""
         if step == self.last_step or not self.sets:
             return self.last
+        watch = Stopwatch()
         if self.recorder:
             self.recorder.phase("evaluating")
         self.last = {f"{name}/loss": self._loss(name, reader) for name, reader in self.sets.items()}
         self.last_step = step
         self._compare_with_best()
         if self.recorder:
-            self.recorder.evaluation(step, self.last)
+            self.recorder.evaluation(step, self.last, watch.elapsed())
             self.recorder.phase("training")
         return self.last
 

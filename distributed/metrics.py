@@ -113,14 +113,15 @@ class Recorder:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """An optimizer step was taken."""
-        self.run.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, **values})
+        self.run.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, "time": _now(), **values})
         self.monitor.emit({"kind": "step", "step": step, **values})
         self._track(step, {f"train/{name}": value for name, value in values.items()})
         self.pulse.step = step
 
-    def evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Held-out losses were measured."""
-        self.run.metrics.append({"kind": "evaluation", "step": step, "attempt": self.attempt, "losses": dict(losses)})
+    def evaluation(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
+        """Held-out losses were measured, in so many seconds."""
+        measured = {"losses": dict(losses), "seconds": seconds}
+        self.run.metrics.append({"kind": "evaluation", "step": step, "attempt": self.attempt, **measured})
         self.monitor.emit({"kind": "evaluation", "step": step, "losses": dict(losses)})
         self._track(step, {f"eval/{name}": value for name, value in losses.items()})
 
@@ -169,6 +170,11 @@ def _nested(numbers: Mapping[str, int]) -> dict[str, Any]:
         else:
             nested[kind] = number
     return nested
+
+
+def _now() -> float:
+    """Seconds since 1970, to the millisecond: of a run that is killed, when it last did something."""
+    return round(time.time(), 3)
 
 
 class Stopwatch:

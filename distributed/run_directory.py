@@ -79,13 +79,15 @@ class Process:
 
 @dataclass(frozen=True)
 class AttemptInfo:
-    """One start of a run. `started_at`: ISO 8601 in UTC."""
+    """One start of a run. `started_at`: ISO 8601 in UTC. `folder`: where relative paths of its recipe begin, on rank
+    0's host; empty if it is not known."""
 
     number: int
     process: Process
     started_at: str
     world_size: int
     command: tuple[str, ...]
+    folder: str = ""
 
 
 class EventLog:
@@ -144,13 +146,16 @@ class RunDirectory:
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
-    def claim_attempt(self, *, world_size: int, command: Sequence[str], process: Process | None = None) -> int:
+    def claim_attempt(
+        self, *, world_size: int, command: Sequence[str], process: Process | None = None, folder: str = ""
+    ) -> int:
         """Register a start of the run under the next free number, which is returned. Of several that claim at once,
         each gets its own."""
         process = process or Process.this()
         number = max(self._attempt_numbers(), default=0) + 1
         while True:
-            info = AttemptInfo(number, process, self._now().isoformat(timespec="seconds"), world_size, tuple(command))
+            started_at = self._now().isoformat(timespec="seconds")
+            info = AttemptInfo(number, process, started_at, world_size, tuple(command), folder)
             url = self.path("attempts", f"a{number}.json")
             data = _to_json(asdict(info))
             # An answer that got lost may hide our own success, so what is stored decides.
@@ -173,8 +178,16 @@ class RunDirectory:
 
     def finish_attempt(self, attempt: int, outcome: Outcome, message: str = "") -> None:
         """Register how an attempt ended; the first word counts."""
-        end = {"outcome": outcome, "message": message, "ended_at": self._now().isoformat(timespec="seconds")}
+        end = {"outcome": outcome, "message": message, "ended_at": self._now().isoformat(timespec="milliseconds")}
         storage.create_exclusive(self.path("attempts", f"a{attempt}.end.json"), _to_json(end))
+
+    def attempt_end(self, attempt: int) -> dict[str, Any] | None:
+        """How an attempt ended: `outcome`, `message`, `ended_at`; None for one that could not say, or lives."""
+        return _read_json(self.path("attempts", f"a{attempt}.end.json"))
+
+    def last_beat(self, attempt: int) -> dict[str, Any] | None:
+        """An attempt's last sign of life: `at`, `step`; None before the first."""
+        return _read_json(self.path("attempts", f"a{attempt}.heartbeat"))
 
     def attempts(self) -> list[AttemptInfo]:
         """All attempts, oldest first."""
@@ -201,7 +214,7 @@ class RunDirectory:
     def _is_alive(self, attempt: AttemptInfo) -> bool:
         if attempt.process.is_here():
             return attempt.process.exists()
-        beat = _read_json(self.path("attempts", f"a{attempt.number}.heartbeat"))
+        beat = self.last_beat(attempt.number)
         last = datetime.fromisoformat(attempt.started_at if beat is None else beat["at"])
         return (self._now() - last).total_seconds() < HEARTBEAT_DEAD_S
 

@@ -24,6 +24,7 @@ OPTIONS_WITH_VALUES = frozenset(
         "--gguf-converter",
         "--steps",
         "--ranks",
+        "--rank",
         "--base",
     }
 )

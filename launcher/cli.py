@@ -6,20 +6,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from ..recipes.errors import FtlaunchError, UserError
-from ..recipes.problems import Origin, located
+from ..recipes.problems import located
 from .arguments import arrange
 from .checkpoint_commands import export, import_checkpoint
-from .cli_runs import attach, logs, status, stop, verify
-
-if TYPE_CHECKING:
-    from ..recipes.load import LoadedRecipe
+from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, load, origins, secrets
+from .cli_runs import attach, list_runs, logs, retry, status, stop, verify
 
 HELP = """Fine-tune a language model from one recipe, on one machine or on a cluster.
 
@@ -44,55 +41,12 @@ app = App(
 )
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Place:
-    """Where it runs: overrides of the recipe's `cluster` section."""
-
-    nodes: Annotated[int | None, Parameter(help="Number of nodes.")] = None
-    gpus_per_node: Annotated[int | None, Parameter(help="GPUs on each node, one rank each.")] = None
-    cluster: Annotated[str | None, Parameter(help="Profile: clusters/NAME.yaml beside the recipe.")] = None
-
-
-RecipePath = Annotated[Path, Parameter(help="The recipe, a YAML file.")]
-Overrides = Annotated[str, Parameter(help="Values of the recipe to change: key.sub=value.")]
-
-
-_secrets: list[str] = []
-"""Values that must not appear in an error; known once a recipe is loaded. One process runs one command."""
-
-
-_origins: dict[str, Origin] = {}
-"""Where the recipe's keys were written, for errors about their values."""
-
-
-def _load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
-    from ..recipes.load import load_recipe
-
-    loaded = load_recipe(
-        recipe,
-        overrides,
-        environ=os.environ,
-        nodes=place.nodes,
-        gpus_per_node=place.gpus_per_node,
-        cluster=place.cluster,
-    )
-    remember(loaded)
-    return loaded
-
-
-def remember(loaded: LoadedRecipe) -> None:
-    """For errors: what must not be in them, and where keys were written."""
-    _secrets.extend(loaded.secrets)
-    _origins.update(loaded.origins)
-
-
 @app.default
 def run(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),
+    place: Place = AS_WRITTEN,
     fresh: bool = False,
     accept_changes: bool = False,
     accept_changed_data: bool = False,
@@ -115,7 +69,7 @@ def run(
     from .start import start
 
     flags = Flags(fresh, accept_changes, accept_changed_data)
-    return start(_load(recipe, overrides, place), flags, os.environ, detach=detach)
+    return start(load(recipe, overrides, place), flags, os.environ, detach=detach)
 
 
 @app.command
@@ -123,7 +77,7 @@ def plan(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),
+    place: Place = AS_WRITTEN,
     json: bool = False,
     sample: bool = False,
     strict: bool = False,
@@ -141,7 +95,7 @@ def plan(
     """
     from .plan_view import show_plan
 
-    return show_plan(_load(recipe, overrides, place), as_json=json, sample=sample, strict=strict)
+    return show_plan(load(recipe, overrides, place), as_json=json, sample=sample, strict=strict)
 
 
 @app.command
@@ -149,7 +103,7 @@ def check(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),
+    place: Place = AS_WRITTEN,
     rows: int | Literal["all"] = 1000,
     samples: int = 3,
     seed: int = 0,
@@ -179,11 +133,11 @@ def check(
     if rows != "all" and rows < 1:
         raise UserError(f"--rows {rows}: at least 1, or all")
     options = Options(None if rows == "all" else rows, max(0, samples), seed, strict, report, json)
-    return check_data(_load(recipe, overrides, place), options)
+    return check_data(load(recipe, overrides, place), options)
 
 
 @app.command
-def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place = Place()) -> int:
+def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place = AS_WRITTEN) -> int:
     """Tokenise the data ahead, on CPU nodes, and write the recipe that trains on the result.
 
     Parameters
@@ -193,7 +147,7 @@ def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place 
     """
     from .prepare import prepare as prepare_data
 
-    return prepare_data(_load(recipe, overrides, place), to)
+    return prepare_data(load(recipe, overrides, place), to)
 
 
 @app.command
@@ -215,7 +169,7 @@ def selftest(
     recipe: RecipePath,
     /,
     *overrides: Overrides,
-    place: Place = Place(),
+    place: Place = AS_WRITTEN,
     steps: int = 3,
     ranks: int | None = None,
     scale_down: bool = False,
@@ -237,7 +191,7 @@ def selftest(
     for name, value in (("--steps", steps), ("--ranks", 1 if ranks is None else ranks)):
         if value < 1:
             raise UserError(f"{name} {value}: at least 1")
-    return run_selftest(_load(recipe, overrides, place), Options(steps, ranks, scale_down))
+    return run_selftest(load(recipe, overrides, place), Options(steps, ranks, scale_down))
 
 
 @app.command
@@ -309,8 +263,9 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
     return pull_checkpoint(run, folder, training=training)
 
 
-for command in (verify, status, logs, attach, stop, export, import_checkpoint):
+for command in (verify, status, logs, attach, stop, retry, export, import_checkpoint):
     app.command(command)
+app.command(list_runs, name="list")
 
 
 VERBS = (
@@ -326,10 +281,12 @@ VERBS = (
     "verify",
     "export",
     "import-checkpoint",
+    "list",
     "status",
     "logs",
     "attach",
     "stop",
+    "retry",
 )
 
 
@@ -345,7 +302,7 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except FtlaunchError as error:
-        return _fail(located(error, _origins), error.exit_code)
+        return _fail(located(error, origins), error.exit_code)
     except CycloptsError as error:
         return _fail(f"{error}\n`ftlaunch --help` shows how it is used", 1)
     except KeyboardInterrupt:
@@ -376,7 +333,7 @@ def _fail(message: str, code: int) -> int:
 
     # Text, not a string: what a message quotes from files must never be taken for markup.
     Console(stderr=True).print(
-        Text("error: ", style="bold red") + Text(redact(message, _secrets)), soft_wrap=True, highlight=False
+        Text("error: ", style="bold red") + Text(redact(message, secrets)), soft_wrap=True, highlight=False
     )
     return code
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from .cli_recipe import AS_WRITTEN, Overrides, Place, environment, load_stored
+
 if TYPE_CHECKING:
     from ..distributed.run_directory import RunDirectory
 
@@ -26,21 +28,40 @@ def verify(run: str, /, *, no_logits: bool = False) -> int:
     return verify_checkpoints(run, logits=not no_logits)
 
 
-def status(run: str, /) -> int:
-    """Show how far a run is.
+def list_runs(path: str = "runs", /, *, json: bool = False) -> int:
+    """List the runs below a checkpoint path: how they stand, how far they are, where they run.
+
+    Parameters
+    ----------
+    path
+        The folder or URL that recipes name as `checkpoint.path`.
+    json
+        Print JSON.
+    """
+    import time
+
+    from .overview.listing import show_list
+
+    return show_list(path, time.time(), as_json=json)
+
+
+def status(run: str, /, *, json: bool = False) -> int:
+    """Show how far a run is, its attempts, and where its time went.
 
     Parameters
     ----------
     run
         A run: NAME under ./runs, or a URL.
+    json
+        Print JSON.
     """
     from .status import show_status
 
-    return show_status(run)
+    return show_status(run, as_json=json)
 
 
-def logs(run: str, /, *, follow: Annotated[bool, Parameter(alias="-f")] = False) -> int:
-    """Show what a submitted run has printed.
+def logs(run: str, /, *, follow: Annotated[bool, Parameter(alias="-f")] = False, rank: int | None = None) -> int:
+    """Show what a run has printed: the driver of a submitted run, or one rank.
 
     Parameters
     ----------
@@ -48,10 +69,44 @@ def logs(run: str, /, *, follow: Annotated[bool, Parameter(alias="-f")] = False)
         A run: NAME under ./runs, or a URL.
     follow
         Go on until it ends; the lines come some seconds late. `attach` asks the cluster itself.
+    rank
+        What this rank of the newest attempt printed.
     """
-    from .submit import show_logs
+    from .logs import show_logs
 
-    return show_logs(_submitted(run), follow_it=follow)
+    return show_logs(_run_directory(run), rank, follow_it=follow)
+
+
+def retry(
+    run: str,
+    /,
+    *overrides: Overrides,
+    place: Place = AS_WRITTEN,
+    accept_changes: bool = False,
+    accept_changed_data: bool = False,
+    detach: bool = False,
+) -> int:
+    """Start a run again from the recipe that it keeps, without the recipe's file: it goes on where it was.
+
+    Parameters
+    ----------
+    run
+        A run: NAME under ./runs, or a URL.
+    accept_changes
+        Continue although numbers that shape the training were changed.
+    accept_changed_data
+        Continue with data files as they are now: changed, gone or new. The epoch begins again.
+    detach
+        Submit the run to its cluster and do not follow it.
+    """
+    from ..distributed.again import Flags
+    from .retry import enter_folder
+    from .start import start
+
+    directory = _run_directory(run)
+    loaded = load_stored(directory, overrides, place)
+    enter_folder(directory, loaded.recipe)
+    return start(loaded, Flags(False, accept_changes, accept_changed_data), environment(), detach=detach)
 
 
 def attach(run: str, /) -> int:
@@ -64,7 +119,7 @@ def attach(run: str, /) -> int:
     """
     from .submit import attach as attach_to
 
-    return attach_to(_submitted(run))
+    return attach_to(_run_directory(run))
 
 
 def stop(run: str, /, *, now: bool = False) -> int:
@@ -79,10 +134,10 @@ def stop(run: str, /, *, now: bool = False) -> int:
     """
     from .submit import stop as stop_run
 
-    return stop_run(_submitted(run), now=now)
+    return stop_run(_run_directory(run), now=now)
 
 
-def _submitted(run: str) -> RunDirectory:
+def _run_directory(run: str) -> RunDirectory:
     from ..distributed.run_directory import RunDirectory
     from .runs import find_run
 

@@ -17,8 +17,10 @@ from ..cluster.joined import Joined
 from ..distributed.again import Flags
 from ..distributed.run_directory import RunDirectory
 from . import submissions
-from .cli import guarded, remember
+from .cli import guarded
+from .cli_recipe import remember
 from .handover import unpack
+from .log_copy import LogCopy
 from .start import run_on
 from .supervisor import Nodes
 
@@ -43,7 +45,7 @@ class Driven:
     job: Mapping[str, Any]
     _run: RunDirectory | None = None
     _name: str = ""
-    _copy: submissions.LogCopy | None = None
+    _copy: LogCopy | None = None
 
     def run(self, address: str) -> int:
         """Decide and train, as `start` does."""
@@ -58,7 +60,7 @@ class Driven:
     def _begin(self, run: RunDirectory) -> None:
         """The run will train, so its directory is to know where."""
         self._run, self._name = run, submissions.register(run, self.job["record"])
-        self._copy = submissions.LogCopy(run, self._name, self.log)
+        self._copy = LogCopy(submissions.log_url(run, self._name), self.log)
 
     def close(self, code: int) -> None:
         """Write down how it ended."""

@@ -71,7 +71,7 @@ def make_record(metrics: Iterable[Line], events: Iterable[Line], environment: Ma
     """Put a run's lines in order. After a resume a step can occur twice: the later attempt counts, and what an
     earlier attempt did beyond the point of resuming is left out."""
     lines = list(metrics)
-    counted = _counted(lines)
+    counted, _ = split(lines)
     data_lines = sorted((line for line in lines if line["kind"] == "data"), key=_place)
     evaluations = _latest(counted, "evaluation")
     return Record(
@@ -93,8 +93,9 @@ def _place(line: Line) -> tuple[int, int]:
     return int(line["attempt"]), int(line["step"])
 
 
-def _counted(lines: list[Line]) -> list[Line]:
-    """Lines without those that a later attempt took back by starting again before them."""
+def split(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Lines that count, and those that a later attempt took back by starting again before them."""
+    lines = list(lines)
     begins: dict[int, int] = {}
     for line in lines:
         if line["kind"] == "step":
@@ -105,7 +106,8 @@ def _counted(lines: list[Line]) -> list[Line]:
         attempt, step = _place(line)
         return all(step < begin for later, begin in begins.items() if later > attempt)
 
-    return [line for line in lines if stands(line)]
+    counted = [line for line in lines if stands(line)]
+    return counted, [line for line in lines if not stands(line)]
 
 
 def _latest(lines: list[Line], kind: str) -> list[Line]:

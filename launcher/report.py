@@ -9,10 +9,15 @@ from typing import Any
 from . import units
 from .bottleneck import bytes_read, data_bottleneck
 from .charts import Series, line_chart
+from .goodput.bar import ledger_bar, ledger_rows
+from .goodput.ledger import Ledger
 from .page import render_template
 from .record import Counts, Record, before_and_after, series
 
 MAIN_PACKAGES = ("ftlaunch", "torch", "transformers", "peft", "ray", "tokenizers", "numpy")
+
+
+NO_TIME = Ledger({"training": 0.0})
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Tile:
     value: str
 
 
-def render_report(record: Record, *, name: str, state: str, recipe_text: str) -> str:
+def render_report(record: Record, *, name: str, state: str, recipe_text: str, ledger: Ledger = NO_TIME) -> str:
     """The page for a run. `recipe_text` is shown as it is: secrets must be gone from it already."""
     from markupsafe import Markup
 
@@ -36,6 +41,10 @@ def render_report(record: Record, *, name: str, state: str, recipe_text: str) ->
         bottleneck=data_bottleneck(record),
         tiles=_tiles(record),
         charts=charts,
+        # As with charts: the bar escapes its own texts.
+        time_bar=Markup(ledger_bar(ledger)),  # noqa: S704
+        time_rows=ledger_rows(ledger),
+        goodput=f"{ledger.goodput:.1%}",
         comparison=_comparison(record),
         sources=_sources(record),
         rejections=_rejections(record),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -129,24 +128,11 @@ def _absolute(path: str) -> str:
 # --- a run that was submitted before ----------------------------------------------------------------------------------
 
 
-def show_logs(run: RunDirectory, *, follow_it: bool) -> int:
-    """Print what the newest submission's driver has printed. Raises UserError where there is none."""
-    name, shown = submissions.newest(run).name, 0
-    while True:
-        ended = submissions.newest(run).exit_code is not None  # before the log is read: then it is whole
-        text = submissions.read_log(run, name)
-        _show(text[shown:])
-        shown = len(text)
-        if ended or not follow_it:
-            return 0
-        time.sleep(submissions.COPY_LOCAL_S)
-
-
 def attach(run: RunDirectory) -> int:
     """Follow the newest submission, wherever it runs; its exit code."""
     submission = submissions.newest(run)
     if submission.exit_code is not None:
-        show_logs(run, follow_it=False)
+        _show(submissions.read_log(run, submission.name))
         return submission.exit_code
     cluster = find_submitted(submission.record)
     try:

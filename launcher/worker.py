@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,9 @@ from ray.train.backend import Backend
 
 from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted
 from ..recipes.problems import located
+from ..recipes.redact import redact
 from .control import Ending, RayMonitor
+from .rank_log import RankLog
 
 if TYPE_CHECKING:
     from ..recipes.load import LoadedRecipe
@@ -47,19 +51,40 @@ def train_worker(config: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     if rank == 0:
         worker.control.begin.remote()
-    ending = _run(worker, context, RayMonitor(worker.control, speaks=rank == 0))
+    ending = _logged(worker, context, RayMonitor(worker.control, speaks=rank == 0))
     if rank == 0 or ending.outcome == "failed":
         ray.get(worker.control.end.remote(ending, rank))
 
 
-def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
+def _logged(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
+    """With what the rank prints, and the reason of its end, in the run directory."""
+    log = RankLog()
+    try:
+        ending = _run(worker, context, monitor, log)
+        if ending.message:
+            sys.stdout.write(redact(ending.message, worker.loaded.secrets) + "\n")
+        return ending
+    except BaseException:
+        sys.stderr.write(redact(traceback.format_exc(), worker.loaded.secrets))
+        raise
+    finally:
+        log.close()
+
+
+def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor, log: RankLog) -> Ending:
     from .ray_train_compat import warm_up
 
     warm_up.join()
     from ..distributed.entry import Job, run_rank
 
+    world = _world(context, uses_gpus=worker.uses_gpus)
     job = Job(
-        worker.loaded, _world(context, uses_gpus=worker.uses_gpus), os.environ[RENDEZVOUS], monitor, worker.command
+        loaded=worker.loaded,
+        world=world,
+        rendezvous=os.environ[RENDEZVOUS],
+        monitor=monitor,
+        command=worker.command,
+        begun=lambda attempt: log.keep(attempt.run, attempt.number, world.rank),
     )
     try:
         return Ending(run_rank(job))

@@ -20,9 +20,9 @@ from .document import Document, read_document
 from .errors import UserError
 from .explain import explain
 from .overrides import apply_override, parse_overrides, set_value
-from .problems import Origin, Problem, RecipeError
+from .problems import Origin, Problem, RecipeError, dotted
 from .profiles import read_profile
-from .redact import dump_recipe
+from .redact import REDACTED, dump_recipe
 from .schema import Recipe
 
 _EXACT_WHOLE_FLOATS = 2.0**53
@@ -68,14 +68,50 @@ def load_recipe(
     Raises RecipeError, a UserError, with every problem; UserError for a file that cannot be read.
     """
     document = read_document(_read(Path(path)), Origin(str(path), 1), environ=environ)
+    command = _Command(Path(path), environ, nodes, gpus_per_node, cluster)
+    return _laid_over(document, str(path), overrides, command)
+
+
+def load_stored_recipe(
+    text: str,
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    environ: Mapping[str, str],
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    cluster: str | None = None,
+) -> LoadedRecipe:
+    """`load_recipe` of what a run keeps (`file` names it in errors), which is plain but for its overrides. Raises
+    RecipeError as there, and for secrets that a run does not keep."""
+    document = read_document(text, Origin(file, 1), environ=None)
+    command = _Command(Path(file), environ, nodes, gpus_per_node, cluster)
+    loaded = _laid_over(document, file, overrides, command)
+    hidden = [key for key, value in _texts(loaded.recipe.model_dump(mode="json")) if REDACTED in value]
+    if hidden:
+        again = "say it again as in the recipe's own file, KEY='${VARIABLE}', or run that file"
+        raise RecipeError(file, [Problem(key, "holds a secret, which a run does not keep", again) for key in hidden])
+    return loaded
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of all texts."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, dotted(key, str(name)))
+
+
+def _laid_over(document: Document, path: str, overrides: Sequence[str], command: _Command) -> LoadedRecipe:
     if document.data is None and document.problems:
-        raise RecipeError(str(path), document.problems)
+        raise RecipeError(path, document.problems)
     if not isinstance(document.data, dict):
         message = "not a recipe: expected keys and values at the top level (model: …, data: …)"
-        raise RecipeError(str(path), [Problem("", message, origin=Origin(str(path), 1))])
-    _lay_over(document, overrides, _Command(Path(path), environ, nodes, gpus_per_node, cluster))
-    document.data.setdefault("name", _name_of(Path(path)))
-    return _validate(document, str(path))
+        raise RecipeError(path, [Problem("", message, origin=Origin(path, 1))])
+    _lay_over(document, overrides, command)
+    document.data.setdefault("name", _name_of(command.path))
+    return _validate(document, path)
 
 
 def parse_recipe_text(text: str, file: str = "stored recipe") -> Recipe:

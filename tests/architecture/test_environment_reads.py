@@ -6,12 +6,14 @@ import ast
 
 ALLOWED = {
     "launcher/cli.py": "the laptop's end: hands the environment to what it calls",
+    "launcher/cli_recipe.py": "the same, for all commands that take a recipe",
     "launcher/hardware.py": "which of the machine's GPUs this process may use is said in a variable only",
     "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
     "distributed/strategies/deepspeed_compat.py": "DeepSpeed takes its device from a variable only; it is written",
     "cluster/ray_settings.py": "Ray takes its settings from variables only; they are written, not read",
     "cluster/host_agent.py": "a host's end of SSH: what it starts has the login's environment; the temporary folder",
+    "cluster/host_probe.py": "what it starts has its own environment, and variables of the run",
     "cluster/host_keeper.py": "what it starts has its own environment, and the job's",
     "cluster/pod_agent.py": "a pod's end: KubeRay says in variables how Ray is started; what it starts has the pod's",
     "recipes/load.py": "resolves ${VAR} in a recipe",

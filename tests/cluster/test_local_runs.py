@@ -13,7 +13,9 @@ from tiny import recipe_for, write_recipe
 from training import Trained, read_run
 
 from ftlaunch.distributed import entry
+from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import cli
+from ftlaunch.launcher.history import read_history
 
 STEPS = 60
 """More than pass between a signal and the step after which a run stops for it."""
@@ -106,7 +108,7 @@ def test_one_process_differs_by_rounding_only(folder, by_torchrun):
     assert alone.losses[:20] == pytest.approx(by_torchrun.losses[:20], rel=1e-6)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_from_there(folder, by_torchrun):
+def test_ctrl_c_saves_and_a_retry_goes_on_from_there(folder, by_torchrun, tmp_path):
     _, directory = prepare(folder, "interrupted")
     command = started_at(directory, 3)
     processes = family(command)
@@ -118,7 +120,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_from_there(folder, by_torchru
     assert f"stopped after step {step}; the same command continues from there" in command.text
     assert outcomes(directory) == ["interrupted"]
 
-    code, output = run(ftlaunch("interrupted.yaml", TWO_RANKS), folder)
+    code, output = run(ftlaunch("retry", str(directory)), tmp_path)  # by the recipe that the run keeps
     assert code == 0, output
     assert f"continuing run interrupted from step {step}" in output
     assert [line["step"] for line in read_run(directory).steps] == list(range(1, STEPS + 1))
@@ -170,6 +172,14 @@ def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     assert {event["attempt"] for event in events} == {1, 2}
     assert outcomes(directory)[1:] == ["finished"]
     assert final(directory) == final(by_torchrun.directory)
+    ledger = read_history(RunDirectory(str(directory))).ledger
+    assert [part for part in ("training", "start-up", "lost work", "down", "saving") if ledger.seconds[part] <= 0] == []
+    assert "Where the time went" in (directory / "report.html").read_text()
+    logs = sorted(path.name for path in (directory / "logs").iterdir())
+    assert logs == [f"a{attempt}.rank-0000{rank}.log" for attempt in (1, 2) for rank in (0, 1)]
+    code, output = run(ftlaunch("logs", str(directory), "--rank", "1"), folder)
+    assert code == 0, output
+    assert "rank 1 of attempt 2, on " in output
 
 
 def test_what_was_trained_is_shown_and_asked(folder, by_torchrun, monkeypatch, capsys):
@@ -177,6 +187,9 @@ def test_what_was_trained_is_shown_and_asked(folder, by_torchrun, monkeypatch, c
     assert cli.main(["status", "by-torchrun"]) == 0
     shown = capsys.readouterr().out
     assert "by-torchrun: finished" in shown
+    assert "goodput " in shown
+    assert cli.main(["list"]) == 0
+    assert "by-torchrun" in capsys.readouterr().out
     assert f"checkpoints: {STEPS - 10}, {STEPS}" in shown
     answer = ["generate", "by-torchrun", "alpha beta", "--max-new-tokens", "8"]
     assert cli.main(answer) == 0
@@ -199,3 +212,5 @@ def test_a_mistake_that_a_rank_finds_ends_the_run_at_once(folder):
     assert "train.learning_rate" in output
     assert "Traceback" not in output
     assert outcomes(directory) == ["failed"]
+    log = (directory / "logs" / "a1.rank-00000.log").read_text()
+    assert "train.learning_rate" in log  # the reason is where a rank's words are, too

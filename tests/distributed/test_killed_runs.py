@@ -11,12 +11,16 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from forked import run_forked
 from processes import Command, ftlaunch, run, torchrun
 from tiny import recipe_for, write_recipe
+
+from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.launcher.history import read_history
 
 STEPS = 10
 CHECKPOINTED = {"model.safetensors", "training/exp_avg.safetensors", "training/exp_avg_sq.safetensors"}
@@ -100,6 +104,21 @@ def test_killed_at_start_up_between_steps_and_in_mid_save(folder, whole):
     moments = [started, reached(3), saving(4), committed(6), reached(9)]
     assert kill_at(torchrun(2, str(recipe)), folder, directory, moments) == len(moments)
     assert final(directory) == whole
+    assert_every_second_is_accounted_for(directory)
+
+
+def assert_every_second_is_accounted_for(directory: Path) -> None:
+    """Where the time of a run went that was killed five times, and finished."""
+    run_directory = RunDirectory(str(directory))
+    history, attempts = read_history(run_directory), run_directory.attempts()
+    seconds = history.ledger.seconds
+    assert len(attempts) == 6
+    assert [part for part in ("start-up", "lost work", "down", "saving", "evaluation") if seconds[part] <= 0] == []
+    assert seconds["training"] + seconds["data"] == pytest.approx(history.record.step_time_s)
+    ended = datetime.fromisoformat(run_directory.attempt_end(6)["ended_at"]).timestamp()
+    # Processes' starts are known to a hundredth of a second.
+    assert history.ledger.total_s == pytest.approx(ended - attempts[0].process.started, abs=0.05 * len(attempts))
+    assert history.ledger.paused_s == 0
 
 
 def test_under_ray_the_same_weights_after_a_kill(folder, whole):

@@ -11,6 +11,7 @@ from tiny import recipe_for, write_recipe
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import cli, submissions
 from ftlaunch.launcher.handover import pack, unpack
+from ftlaunch.launcher.log_copy import LogCopy
 from ftlaunch.launcher.plan import default_keys
 from ftlaunch.launcher.submit import need_of
 from ftlaunch.recipes.errors import UserError
@@ -49,13 +50,18 @@ def test_submissions_of_a_run(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="was not submitted to a cluster"):
         submissions.newest(run)
     assert cli.main(["logs", "bot"]) == 1
+    assert "keeps nothing that rank 0 printed; ranks under torchrun print where they run" in " ".join(
+        capsys.readouterr().err.split()
+    )
     log = tmp_path / "driver.log"
     log.write_text("one\n")
     first = submissions.register(run, {"job": "ffff", "cluster": {"type": "ssh"}})
     submissions.finish(run, first, 1)
     second = submissions.register(run, {"job": "0000", "cluster": {"type": "ssh"}})
-    assert submissions.newest(run) == submissions.Submission(second, {"job": "0000", "cluster": {"type": "ssh"}}, None)
-    copy = submissions.LogCopy(run, second, log)
+    newest = submissions.newest(run)
+    record = {"job": "0000", "cluster": {"type": "ssh"}, "began_at": newest.record["began_at"]}
+    assert newest == submissions.Submission(second, record, None)
+    copy = LogCopy(submissions.log_url(run, second), log)
     log.write_text("one\ntwo\n")
     copy.close()
     submissions.finish(run, second, 130)

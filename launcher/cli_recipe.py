@@ -1,0 +1,87 @@
+"""What commands that take a recipe have in common on the command line; parsing only, as in `cli.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from ..recipes.problems import Origin
+
+if TYPE_CHECKING:
+    from ..distributed.run_directory import RunDirectory
+    from ..recipes.load import LoadedRecipe
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Place:
+    """Where it runs: overrides of the recipe's `cluster` section."""
+
+    nodes: Annotated[int | None, Parameter(help="Number of nodes.")] = None
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs on each node, one rank each.")] = None
+    cluster: Annotated[str | None, Parameter(help="Profile: clusters/NAME.yaml beside the recipe.")] = None
+
+
+AS_WRITTEN = Place()
+"""As the recipe says."""
+
+RecipePath = Annotated[Path, Parameter(help="The recipe, a YAML file.")]
+Overrides = Annotated[str, Parameter(help="Values of the recipe to change: key.sub=value.")]
+
+
+secrets: list[str] = []
+"""Values that must not appear in an error; known once a recipe is loaded. One process runs one command."""
+
+
+origins: dict[str, Origin] = {}
+"""Where the recipe's keys were written, for errors about their values."""
+
+
+def environment() -> Mapping[str, str]:
+    """This process's variables, for what is told of them."""
+    return os.environ
+
+
+def load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
+    """The recipe of a command line. Raises UserError with every mistake."""
+    from ..recipes.load import load_recipe
+
+    loaded = load_recipe(
+        recipe,
+        overrides,
+        environ=os.environ,
+        nodes=place.nodes,
+        gpus_per_node=place.gpus_per_node,
+        cluster=place.cluster,
+    )
+    remember(loaded)
+    return loaded
+
+
+def load_stored(run: RunDirectory, overrides: Sequence[str], place: Place) -> LoadedRecipe:
+    """The recipe that a run keeps, with changes. Raises UserError."""
+    from ..recipes.load import load_stored_recipe
+    from .retry import stored_text
+
+    loaded = load_stored_recipe(
+        stored_text(run),
+        run.path("recipe.yaml"),
+        overrides,
+        environ=os.environ,
+        nodes=place.nodes,
+        gpus_per_node=place.gpus_per_node,
+        cluster=place.cluster,
+    )
+    remember(loaded)
+    return loaded
+
+
+def remember(loaded: LoadedRecipe) -> None:
+    """For errors: what must not be in them, and where keys were written."""
+    secrets.extend(loaded.secrets)
+    origins.update(loaded.origins)

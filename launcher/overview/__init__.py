@@ -1,0 +1,1 @@
+"""Runs as they stand: one of them, or all below a folder."""
