@@ -25,6 +25,9 @@ OPTIONS_WITH_VALUES = frozenset(
         "--steps",
         "--ranks",
         "--rank",
+        "--sweep",
+        "--at-once",
+        "--name",
         "--base",
     }
 )

@@ -15,6 +15,7 @@ from ..recipes.errors import FtlaunchError, UserError
 from ..recipes.problems import located
 from .arguments import arrange
 from .checkpoint_commands import export, import_checkpoint
+from .cli_batch import batch
 from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, load, origins, secrets
 from .cli_runs import attach, list_runs, logs, retry, status, stop, verify
 
@@ -263,7 +264,7 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
     return pull_checkpoint(run, folder, training=training)
 
 
-for command in (verify, status, logs, attach, stop, retry, export, import_checkpoint):
+for command in (verify, status, logs, attach, stop, retry, batch, export, import_checkpoint):
     app.command(command)
 app.command(list_runs, name="list")
 
@@ -287,6 +288,7 @@ VERBS = (
     "attach",
     "stop",
     "retry",
+    "batch",
 )
 
 

@@ -18,7 +18,7 @@ from ...distributed import storage
 from ...distributed.run_directory import RunDirectory
 from ...recipes.errors import UserError
 from .. import units
-from ..record import parse_lines
+from ..record import Line, parse_lines
 from ..submissions import latest
 from .standing import Standing, standing_of
 
@@ -66,13 +66,13 @@ def list_runs(place: str) -> list[Listed]:
     if storage.is_local(place) and not storage.local_path(place).is_dir():
         raise UserError(f"{place}: there is no such folder; give the checkpoint.path of your recipes")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        looked = pool.map(lambda name: _look(place, name), storage.list_names(place))
+        looked = pool.map(lambda name: look(storage.join(place, name), name), storage.list_names(place))
     return sorted(filter(None, looked), key=lambda run: (run.begun_at or 0.0, run.name))
 
 
-def _look(place: str, name: str) -> Listed | None:
-    """None for what is no run."""
-    run = RunDirectory(storage.join(place, name))
+def look(url: str, name: str) -> Listed | None:
+    """One run; None for what is none."""
+    run = RunDirectory(url)
     if storage.is_local(run.url) and not storage.local_path(run.url).is_dir():
         return None
     text = run.read_recipe()
@@ -87,7 +87,7 @@ def _look(place: str, name: str) -> Listed | None:
 def _listed(run: RunDirectory, name: str, recipe: str) -> Listed:
     standing, submission = standing_of(run), latest(run)
     steps = [line for line in _tail(run.path("metrics.jsonl")) if line.get("kind") == "step"]
-    last = steps[-1] if steps else {}
+    last: Line = steps[-1] if steps else {}
     found = CLUSTER.search(recipe)
     return Listed(
         name=name,
@@ -104,7 +104,7 @@ def _listed(run: RunDirectory, name: str, recipe: str) -> Listed:
     )
 
 
-def _tail(url: str) -> Sequence[dict[str, object] | object]:
+def _tail(url: str) -> Sequence[Line]:
     """The last lines of a file."""
     if not storage.exists(url):
         return []

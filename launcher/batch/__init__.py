@@ -1,0 +1,1 @@
+"""Several recipes, or a sweep, as one batch of runs."""
