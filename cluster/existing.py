@@ -29,7 +29,7 @@ class Existing:
         return f"ray.init(address={self._config.address!r})"
 
     def up(self, code: CodeFolder) -> Endpoint:
-        address = _connect(self._config.address, {"py_modules": [str(code())]})
+        address = connect(self._config.address, {"py_modules": [str(code())]})
         self._check_room()
         return Endpoint(address)
 
@@ -67,7 +67,7 @@ def ask(config: RayCluster) -> Offer:
     the kind that is asked for."""
     import ray
 
-    _connect(config.address, {})
+    connect(config.address, {})
     try:
         every = _alive_nodes()
     finally:
@@ -95,7 +95,9 @@ def nodes_for_ranks(nodes: Sequence[Resources], gpus_per_node: int | None) -> li
     ]
 
 
-def _connect(address: str, runtime_env: dict[str, Any]) -> str:
+def connect(address: str, runtime_env: dict[str, Any]) -> str:
+    """Connect this process to a running cluster, whose workers get `runtime_env`; its address. Raises
+    InfrastructureError if none answers."""
     quiet()
     import ray
 

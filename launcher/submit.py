@@ -22,6 +22,7 @@ from ..recipes.errors import UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema import Recipe
 from . import submissions
+from .doctor.preflight import has_spares, with_fit_hosts
 from .handover import pack
 from .package import write_package
 
@@ -32,11 +33,9 @@ PATTERN = frozenset("*?[")
 def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], console: Console, *, detach: bool) -> int:
     """Start the run on its cluster; returns its exit code, or 0 at once with `detach`. Raises UserError and
     InfrastructureError."""
-    cluster = build_submitted(loaded.recipe.cluster, need_of(loaded.recipe, environ))
+    _say(console, f"looking at the {loaded.recipe.cluster.type} cluster …")
+    loaded, cluster = _fit(loaded, environ, console)
     try:
-        _say(console, f"looking at the {loaded.recipe.cluster.type} cluster …")
-        if problems := cluster.problems():
-            raise UserError("\n".join(problems))
         _say(console, "starting Ray on it …")
         with tempfile.TemporaryDirectory(prefix="ftlaunch-code-") as folder:
             record = cluster.up(Driver(ENTRY, job_of(loaded, flags)), lambda: write_package(Path(folder)))
@@ -46,6 +45,31 @@ def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], conso
         return 0 if detach else follow(cluster, console)
     finally:
         cluster.down()
+
+
+def _fit(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> tuple[LoadedRecipe, SubmittedCluster]:
+    """The cluster, with nothing wrong with it. What is unfit is left out, and what is wrong is told of what is left;
+    where nothing could stand in, all that is wrong is told first."""
+    cluster = None if has_spares(loaded) else _checked(loaded, environ)
+    try:
+        fit = with_fit_hosts(loaded, environ, lambda line: _say(console, f"warning: {line}", "yellow"))
+    except BaseException:
+        if cluster is not None:
+            cluster.down()
+        raise
+    return fit, cluster or _checked(fit, environ)
+
+
+def _checked(loaded: LoadedRecipe, environ: Mapping[str, str]) -> SubmittedCluster:
+    """Raises UserError with all that is wrong."""
+    cluster = build_submitted(loaded.recipe.cluster, need_of(loaded.recipe, environ))
+    try:
+        if problems := cluster.problems():
+            raise UserError("\n".join(problems))
+    except BaseException:
+        cluster.down()
+        raise
+    return cluster
 
 
 def job_of(loaded: LoadedRecipe, flags: Flags) -> Any:

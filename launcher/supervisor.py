@@ -22,6 +22,7 @@ from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema_cluster import ClusterConfig, RayCluster
 from .control import Control, Ending
+from .doctor.preflight import on_fit_nodes
 from .hardware import Machine
 from .imports import import_all
 from .package import write_package
@@ -92,7 +93,11 @@ def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
     view.update({"kind": "phase", "phase": "starting Ray"})
     # While Ray's processes come up, this one has nothing to do but wait.
     threading.Thread(target=import_all, args=(TRAINER_IMPORTS,), daemon=True).start()
-    with _up(nodes.cluster):
+
+    def warn(text: str) -> None:
+        view.update({"kind": "message", "level": "warning", "text": text})
+
+    with _up(nodes.cluster), on_fit_nodes(loaded, nodes.demand, warn):
         return _Training(loaded, nodes.demand, view).run()
 
 

@@ -24,6 +24,7 @@ from .problems import Origin, Problem, RecipeError, dotted
 from .profiles import read_profile
 from .redact import REDACTED, dump_recipe
 from .schema import Recipe
+from .schema_cluster import ClusterConfig
 
 _EXACT_WHOLE_FLOATS = 2.0**53
 
@@ -121,6 +122,19 @@ def parse_recipe_text(text: str, file: str = "stored recipe") -> Recipe:
     if document.problems or recipe is None:
         raise _error(document, file, document.problems or invalid)
     return recipe
+
+
+def load_cluster(name: str, folder: Path, environ: Mapping[str, str]) -> ClusterConfig:
+    """The cluster of a profile, by itself; `folder` is where a recipe would be. Raises RecipeError."""
+    document = read_profile(name, folder / "recipe.yaml", environ)
+    if document.problems or document.data is None:
+        raise _error(document, name, document.problems)
+    try:
+        config: ClusterConfig = TypeAdapter(ClusterConfig).validate_json(_json(document.data), strict=True)
+    except ValidationError as error:
+        said = [problem for problem in explain({"cluster": document.data}) if problem.key.startswith("cluster")]
+        raise _error(document, name, said or list(_pydantic_says(error))) from error
+    return config
 
 
 def as_stored(loaded: LoadedRecipe) -> Recipe:

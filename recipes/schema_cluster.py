@@ -38,6 +38,8 @@ class RayCluster(Section):
     """GPUs per node, one rank each; None: what each node of the cluster offers."""
     processes_per_node: PositiveInt | None = None
     """Ranks per node where there are no GPUs; None: 1."""
+    doctor: bool = True
+    """Measure the nodes before a run on more than one, as `ftlaunch doctor` does; unfit ones are left out."""
 
 
 class SshCluster(Section):
@@ -69,6 +71,9 @@ class SshCluster(Section):
     ftlaunch's own code is sent along."""
     env: tuple[VariablePattern, ...] = ()
     """Variables that the ranks get from here: [HF_TOKEN, AWS_*]. They travel in a file of mode 600."""
+    doctor: bool = True
+    """Measure the hosts before a run on more than one, as `ftlaunch doctor` does; unfit ones are replaced by hosts
+    beyond `nodes`, where there are any."""
 
 
 ClusterConfig = Annotated[LocalCluster | RayCluster | SshCluster | KubernetesCluster, Field(discriminator="type")]
