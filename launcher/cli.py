@@ -16,7 +16,7 @@ from ..recipes.problems import located
 from .arguments import arrange
 from .checkpoint_commands import export, import_checkpoint
 from .cli_batch import batch
-from .cli_nodes import doctor
+from .cli_nodes import doctor, download
 from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, load, origins, secrets
 from .cli_runs import attach, list_runs, logs, retry, status, stop, verify
 
@@ -265,7 +265,7 @@ def pull(run: str, folder: Path, /, *, training: bool = False) -> int:
     return pull_checkpoint(run, folder, training=training)
 
 
-for command in (verify, status, logs, attach, stop, retry, batch, doctor, export, import_checkpoint):
+for command in (verify, status, logs, attach, stop, retry, batch, doctor, download, export, import_checkpoint):
     app.command(command)
 app.command(list_runs, name="list")
 
@@ -291,6 +291,7 @@ VERBS = (
     "retry",
     "batch",
     "doctor",
+    "download",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..recipes.errors import UserError
-from .cli_recipe import AS_WRITTEN, Overrides, Place, environment, load
+from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, environment, load
 
 
 def doctor(
@@ -34,3 +34,25 @@ def doctor(
     if place.cluster is None:
         raise UserError("doctor: name a recipe, or a profile with --cluster NAME")
     return run_doctor(load_cluster(place.cluster, here(), environment()), None, environment(), as_json=json)
+
+
+def download(
+    recipe: RecipePath,
+    /,
+    *overrides: Overrides,
+    place: Place = AS_WRITTEN,
+    to: Path = Path("downloads"),
+    everything: bool = False,
+) -> int:
+    """Fetch model and data of a hub or the web, for nodes that cannot, and write the recipe that reads them here.
+
+    Parameters
+    ----------
+    to
+        Folder for them, which the nodes see too.
+    everything
+        Fetch what lies in object stores too.
+    """
+    from .download.command import download as fetch
+
+    return fetch(load(recipe, overrides, place), to, everything=everything)

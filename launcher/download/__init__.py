@@ -1,0 +1,1 @@
+"""Models and data, fetched ahead for nodes that reach nothing outside."""
