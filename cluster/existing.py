@@ -8,6 +8,7 @@ from typing import Any
 
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.schema_cluster import RayCluster
+from . import autoscaling
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import quiet
 
@@ -30,23 +31,27 @@ class Existing:
 
     def up(self, code: CodeFolder) -> Endpoint:
         address = connect(self._config.address, {"py_modules": [str(code())]})
-        self._check_room()
+        missing = self._missing()
+        if missing and not autoscaling.scales(self._config):  # others are asked for what is missing, by `room`
+            raise UserError(missing)
         return Endpoint(address)
 
-    def _check_room(self) -> None:
+    def _missing(self) -> str:
+        """What the nodes that are up lack; empty if nothing."""
         nodes = nodes_for_ranks(_alive_nodes(), 1 if self._demand.uses_gpus else 0)
         if len(nodes) < self._demand.nodes:
-            raise UserError(
+            return (
                 f"cluster.nodes: {self._demand.nodes} nodes are asked for, the Ray cluster at {self._config.address} "
                 f"has {len(nodes)}. Ask for fewer (--nodes {len(nodes)}) or add nodes."
             )
         for resource, each in self._demand.resources_per_rank.items():
             have = sum(node.get(resource, 0) for node in nodes)
             if have < each * self._demand.ranks:
-                raise UserError(
+                return (
                     f"cluster: {self._demand.ranks} ranks need {each * self._demand.ranks:g} {resource}, the Ray "
                     f"cluster at {self._config.address} has {have:g}."
                 )
+        return ""
 
     def down(self) -> None:
         import ray
@@ -70,6 +75,9 @@ def ask(config: RayCluster) -> Offer:
     connect(config.address, {})
     try:
         every = _alive_nodes()
+        if len(nodes_for_ranks(every, config.gpus_per_node)) < config.nodes:
+            # An autoscaling cluster's nodes are what it can add.
+            every = [*every, *(each.resources for each in autoscaling.node_types() or () if each.most)]
     finally:
         ray.shutdown()
     nodes = nodes_for_ranks(every, config.gpus_per_node)

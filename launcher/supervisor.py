@@ -97,8 +97,17 @@ def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
     def warn(text: str) -> None:
         view.update({"kind": "message", "level": "warning", "text": text})
 
-    with _up(nodes.cluster), on_fit_nodes(loaded, nodes.demand, warn):
+    with _up(nodes.cluster), _room(loaded.recipe.cluster, nodes.demand, view), on_fit_nodes(loaded, nodes.demand, warn):
         return _Training(loaded, nodes.demand, view).run()
+
+
+def _room(config: ClusterConfig, demand: Demand, view: View) -> contextlib.AbstractContextManager[None]:
+    """A running cluster that lacks nodes is asked for them."""
+    if not isinstance(config, RayCluster):
+        return contextlib.nullcontext()
+    from ..cluster.autoscaling import room
+
+    return room(config, demand, lambda text: view.update({"kind": "message", "level": "info", "text": text}))
 
 
 @contextlib.contextmanager

@@ -40,6 +40,9 @@ class RayCluster(Section):
     """Ranks per node where there are no GPUs; None: 1."""
     doctor: bool = True
     """Measure the nodes before a run on more than one, as `ftlaunch doctor` does; unfit ones are left out."""
+    wait_minutes: Annotated[float, Field(gt=0)] | None = None
+    """How long to wait for an autoscaling cluster to add the nodes that are missing; None: 30 where its head says that
+    it scales, and not at all elsewhere."""
 
 
 class SshCluster(Section):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ftlaunch.cluster import existing
+from ftlaunch.cluster import autoscaling, existing
 from ftlaunch.launcher.hardware import Machine
 from ftlaunch.launcher.supervisor import find_demand
 from ftlaunch.recipes.errors import UserError
@@ -39,6 +39,7 @@ def demand(monkeypatch, has, **settings):
     """What a run asks of a cluster of these nodes."""
     monkeypatch.setattr(existing, "_connect", lambda address, runtime_env: address)
     monkeypatch.setattr(existing, "_alive_nodes", lambda: has)
+    monkeypatch.setattr(autoscaling, "node_types", lambda: None)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: None))
     return find_demand(RayCluster(type="ray", **settings), Machine(cores=2))
 
