@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.schema_cluster import RayCluster
 from .base import Demand
@@ -66,7 +68,6 @@ def node_types() -> list[NodeType] | None:
     """What the cluster that this process is connected to could add; None where it does not scale, as far as its head
     tells."""
     import ray
-    import yaml
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     head = next((node for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
@@ -79,7 +80,7 @@ def node_types() -> list[NodeType] | None:
         text = ray.get(asked, timeout=ASK_S)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         raise InfrastructureError(f"cluster.address: the head does not answer: {error}") from error
-    return None if text is None else parse_config(yaml.safe_load(text))
+    return None if text is None else parse_config(YAML(typ="safe").load(text))
 
 
 def _reader() -> Callable[[], str | None]:
@@ -132,8 +133,8 @@ def refusal(bundle: Resources, nodes: int, alive: Sequence[Resources], types: Se
         return None
     offered = ", ".join(map(str, types)) or "none"
     return (
-        f"cluster: {nodes} nodes with {shape(bundle)} are asked for, and the Ray cluster can have {most + head}. It can "
-        f"add {offered}; up now: {len(alive)} nodes, {there} of that size. Ask for what it offers (--nodes, "
+        f"cluster: {nodes} nodes with {shape(bundle)} are asked for, and the Ray cluster can have {most + head}. It "
+        f"can add {offered}; up now: {len(alive)} nodes, {there} of that size. Ask for what it offers (--nodes, "
         "--gpus-per-node, cluster.processes_per_node), or raise max_workers in its configuration."
     )
 

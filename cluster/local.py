@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import secrets
+import shutil
+import tempfile
 
 from ..recipes.schema_cluster import LocalCluster
 from .base import CodeFolder, Demand, Endpoint
@@ -11,6 +13,21 @@ from .ray_settings import configure, quiet
 
 PIPED_AGENTS = {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
 """Ray's agents are given a pipe that ends with the raylet: see `ray_node_compat.py`."""
+
+
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""The node's address is 127.0.0.1, as by default on systems that Ray builds no clusters of. With any other address its
+processes listen on every interface of the machine, and `ray.init` replaces this one if it is named."""
+
+LONGEST_TEMPORARY = 20
+"""Bytes of the folder for temporary files. Ray's sockets lie about 85 below it, and a socket's path may have 107."""
+
+
+def _own_folder() -> str:
+    """For Ray's files, closed to others. Ray opens every folder that it makes or is given to everybody, so it is given
+    one within this."""
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="ft-", dir=usual if len(usual) <= LONGEST_TEMPORARY else "/tmp")  # noqa: S108
 
 
 @functools.cache
@@ -24,9 +41,10 @@ class Local:
 
     def __init__(self, config: LocalCluster, demand: Demand) -> None:
         self._config, self._demand = config, demand
+        self._folder: str | None = None
         # Now, not in `up`: Ray reads them when it is imported, which another thread may do before `up` comes to it.
         # A token of its own: other users of this machine can reach loopback ports.
-        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), **PIPED_AGENTS})
+        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), **PIPED_AGENTS, **ON_LOOPBACK})
         quiet()
 
     def problems(self) -> list[str]:
@@ -45,6 +63,7 @@ class Local:
 
         start_only_what_runs_work()
         demand = self._demand
+        self._folder = _own_folder()
         context = ray.init(
             address="local",
             num_cpus=demand.ranks * demand.cpus_per_rank,
@@ -52,6 +71,7 @@ class Local:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
+            _temp_dir=f"{self._folder}/r",
         )
         return Endpoint(address=context.address_info["gcs_address"])
 
@@ -59,3 +79,5 @@ class Local:
         import ray
 
         ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -79,6 +79,38 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
+def assert_closed_to_others(processes: list[psutil.Process], directory: Path) -> Path:
+    """What other users of this machine could see of a run, or do to it; the folder of Ray's files."""
+    tokens = {process.environ().get("RAY_AUTH_TOKEN", "") for process in processes[1:]} - {""}  # that it has started
+    assert len(tokens) == 1, tokens
+    [token] = tokens
+    assert not any(token in " ".join(process.cmdline()) for process in processes)
+    written = [path for path in directory.rglob("*") if path.is_file()]
+    assert not any(token.encode() in path.read_bytes() for path in written)
+    open_to_all = [path for path in directory.rglob("*") if path.stat().st_mode & 0o002]
+    assert open_to_all == []
+    listening = {
+        (" ".join(process.cmdline()), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in processes
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) > 3
+    # torch's store, in rank 0, takes no address to listen at.
+    elsewhere = {command for command, address in listening if address not in ("127.0.0.1", "::1")}
+    assert all("RayTrainWorker" in command for command in elsewhere), elsewhere
+    [argument] = {
+        word.partition("=")[2]
+        for process in processes
+        for word in process.cmdline()
+        if word.startswith("--temp_dir=") or word.startswith("--temp-dir=")
+    }
+    temporary = Path(argument).parent
+    assert temporary.stat().st_mode & 0o077 == 0
+    assert not any(token.encode() in path.read_bytes() for path in temporary.rglob("*.log"))
+    return temporary
+
+
 @pytest.fixture(scope="module")
 def by_torchrun(folder) -> Trained:
     recipe, directory = prepare(folder, "by-torchrun")
@@ -131,6 +163,7 @@ def test_a_second_ctrl_c_stops_at_once(folder):
     _, directory = prepare(folder, "interrupted-twice")
     command = started_at(directory, 1)
     processes = family(command)
+    temporary = assert_closed_to_others(processes, directory)
     command.interrupt()
     assert command.wait_until(lambda: "again: at once" in command.text), command.text
     command.interrupt()
@@ -138,6 +171,7 @@ def test_a_second_ctrl_c_stops_at_once(folder):
     assert_gone(processes)
     assert "Traceback" not in command.text
     assert STEPS not in committed(directory)
+    assert not temporary.exists()
 
 
 def test_sigterm_saves_under_torchrun(folder, by_torchrun):
