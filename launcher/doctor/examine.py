@@ -69,7 +69,7 @@ def examine(
     """What all nodes measured, by name."""
     began_s = clock()
     measured = {node: Measured({}, error=why) for node, why in prober.unreached.items()}
-    say(f"asking {len(prober.nodes)} nodes what they have …")
+    say(f"asking {_nodes(len(prober.nodes))} what there is …")
     measured |= _together(prober.nodes, lambda node: _facts(prober, node, wanted))
     fit = [node for node in prober.nodes if not measured[node].error]
     say("computing on all of them …")
@@ -83,6 +83,10 @@ def examine(
         sent = _send_all(prober, fit, began_s + LONGEST_S, clock)
         measured |= {node: replace(measured[node], sent=sent[node]) for node in fit}
     return measured
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _together(nodes: Sequence[str], do: Callable[[str], Measured]) -> dict[str, Measured]:
