@@ -122,7 +122,11 @@ def test_killed_and_resumed_in_a_bucket(bot, local, tmp_path, monkeypatch, capsy
     assert f"step {STEPS}:" in capsys.readouterr().out
     assert_equal(weights(tmp_path / "bot"), local)
     assert cli.main(["status", bot]) == 0
-    assert "finished" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "finished" in shown
+    assert "lost work" in shown
+    assert cli.main(["list", f"{BUCKET}/runs"]) == 0
+    assert "bot" in capsys.readouterr().out
     assert cli.main(["generate", bot, "alpha", "--max-new-tokens", "2"]) == 0
     lines = [json.loads(line) for line in storage.read_bytes(f"{bot}/metrics.jsonl").splitlines()]
     assert {line["step"] for line in lines if line["kind"] == "step"} == set(range(1, STEPS + 1))

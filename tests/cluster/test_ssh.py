@@ -236,6 +236,13 @@ def test_a_detached_run_goes_on_is_stopped_saves_and_goes_on(hosts, work):
     code, said = run(ftlaunch("logs", "-f", "long"), work)
     assert code == 0
     assert "stopped after step" in said
+    code, said = run(ftlaunch("logs", "--rank", "2", "long"), work)
+    assert code == 0, said
+    assert "rank 2 of attempt 1, on gamma" in said
+    code, said = run(ftlaunch("status", "long", "--json"), work)
+    values = json.loads(said)
+    assert values["state"] == "interrupted"
+    assert values["goodput"]["seconds"]["waiting"] > 0
     code, said = run(ftlaunch("attach", "long"), work)
     assert code == 130, said
 

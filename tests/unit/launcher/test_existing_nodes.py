@@ -37,7 +37,7 @@ def test_nodes_for_ranks(nodes, gpus_per_node, found):
 
 def demand(monkeypatch, has, **settings):
     """What a run asks of a cluster of these nodes."""
-    monkeypatch.setattr(existing, "_connect", lambda address, runtime_env: address)
+    monkeypatch.setattr(existing, "connect", lambda address, runtime_env: address)
     monkeypatch.setattr(existing, "_alive_nodes", lambda: has)
     monkeypatch.setattr(autoscaling, "node_types", lambda: None)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: None))
