@@ -17,8 +17,9 @@ from ..recipes.schema_kubernetes import KubernetesCluster
 from . import kubernetes_checks
 from .base import CodeFolder, Demand, Driver, Need, Record, Stop
 from .kubernetes_api import Api, ApiError, Gone, Object, connect
-from .kubernetes_follow import Follower, Place
-from .kubernetes_job import LABEL, SECRET_BYTES, Job, as_yaml, secret_content
+from .kubernetes_follow import Follower
+from .kubernetes_job import SECRET_BYTES, Job, as_yaml, secret_content
+from .kubernetes_look import Place, selector_of, standing
 from .ssh_facts import requirements
 from .ssh_job import travelling, unset
 
@@ -29,6 +30,9 @@ GONE_S = 120.0
 
 class Kubernetes:
     """The `kubernetes` cluster."""
+
+    run_is_here = False
+    """This machine may not see the run directory: a volume of the pods, a store that only their account opens."""
 
     def __init__(self, config: KubernetesCluster, need: Need) -> None:
         self._config, self._need = config, need
@@ -72,6 +76,11 @@ class Kubernetes:
         assert self._api is not None, "after `problems` or `find`"
         assert self._job is not None, "after `problems` or `find`"
         return self._api, self._job
+
+    @property
+    def _place(self) -> Place:
+        job = self._known[1]
+        return Place(job.name, job.job, job.config.nodes)
 
     def up(self, driver: Driver, code: CodeFolder) -> Record:
         """See `SubmittedCluster`; after `problems` has found none."""
@@ -140,12 +149,18 @@ class Kubernetes:
 
     def follow(self, write: Callable[[bytes], None]) -> int:
         """See `SubmittedCluster`. What cannot start is ended."""
-        api, job = self._known
         try:
-            return Follower(api, Place(job.name, job.job, job.config.nodes), write).run()
+            return Follower(self._known[0], self._place, write).run()
         except UserError:
             self.stop("now")
             raise
+
+    def standing(self) -> str | None:
+        """How the job stands, in words that go behind its name: that it waits, and for what; None: it is over."""
+        try:
+            return standing(self._known[0], self._place)
+        except (ApiError, Gone) as error:
+            raise InfrastructureError(f"the job cannot be asked for: {error}") from error
 
     def stop(self, how: Stop) -> None:
         """See `SubmittedCluster`. The pods are told to end, and the head's lets the driver save; `now` takes their time
@@ -167,7 +182,7 @@ class Kubernetes:
             raise InfrastructureError(f"the job could not be ended: {error}") from error
 
     def _left(self, api: Api, job: Job) -> list[str]:
-        pods = api.get("api", "v1", "namespaces", api.namespace, "pods", labelSelector=f"{LABEL}={job.job}")
+        pods = api.get("api", "v1", "namespaces", api.namespace, "pods", labelSelector=selector_of(self._place))
         names = [pod["metadata"]["name"] for pod in pods["items"]]
         try:
             api.get(*kubernetes_checks.rayjobs(api), job.name)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..recipes.errors import InfrastructureError, UserError
-from . import kubernetes_causes
+from . import kubernetes_causes, kubernetes_look
 from .kubernetes_api import Api, ApiError, Gone, Object
 from .kubernetes_causes import Cause
-from .kubernetes_checks import KUEUE_GROUP, rayjobs
-from .kubernetes_job import HEAD, LABEL, SUBMITTER
+from .kubernetes_checks import rayjobs
+from .kubernetes_job import HEAD
+from .kubernetes_look import TERMINAL, Place, selector_of
 from .pod_agent import exit_mark
 
 TICK_S = 1.0
@@ -38,22 +39,12 @@ HOPELESS_S = 20.0
 OPERATOR_S = 60.0
 """For KubeRay's operator to say anything about the job."""
 
-TERMINAL = ("Complete", "Failed", "ValidationFailed")
 FINAL = (0, 1)
 """Exit codes after which a driver is not started again: it is done, or the user has to mend something."""
 
 
 LogNews = tuple[str, bytes | None]
 """Pod, and what its log says now; None: that it has broken off or ended."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job is. `nodes`: pods that it has when it runs."""
-
-    name: str
-    job: str
-    nodes: int
 
 
 class Watched(threading.Thread):
@@ -198,7 +189,7 @@ class Follower:
         space = ("api", "v1", "namespaces", self.api.namespace, "pods")
         selector = {"fieldSelector": f"metadata.name={self.place.name}"}
         self._rayjobs = Watched(self.api, rayjobs(self.api), selector, self._tell)
-        self._pods = Watched(self.api, space, {"labelSelector": f"{LABEL}={self.place.job}"}, self._tell)
+        self._pods = Watched(self.api, space, {"labelSelector": selector_of(self.place)}, self._tell)
         try:
             while (code := self._look()) is None:
                 for pod, data in self._wait():
@@ -325,36 +316,9 @@ class Follower:
         )
 
     def _causes(self, rayjob: Object, pods: Mapping[str, Object]) -> list[Cause]:
-        late = [pod for pod in pods.values() if not kubernetes_causes.has_started(pod) or kubernetes_causes.ended(pod)]
         if not self._begun and self.clock() - self._looked_s >= EVENTS_S:
             self._looked_s = self.clock()
-            self._events = self._find_events(rayjob, pods, late)
-            self._workloads = self._find_workloads(rayjob)
+            self._events = kubernetes_look.events(self.api, self.place, rayjob, pods.values())
+            self._workloads = kubernetes_look.workloads(self.api, rayjob)
+        late = kubernetes_look.late_pods(pods.values())
         return kubernetes_causes.causes(rayjob, late, self._events, self._workloads)
-
-    def _find_events(self, rayjob: Object, pods: Mapping[str, Object], late: list[Object]) -> list[Object]:
-        """Of what is not there yet: events of what is are history."""
-        names = [pod["metadata"]["name"] for pod in late[:3]]
-        nodes = [pod for pod in pods.values() if pod["spec"]["containers"][0]["name"] != SUBMITTER]
-        if len(nodes) < self.place.nodes:
-            cluster = (rayjob.get("status") or {}).get("rayClusterName")
-            names += [self.place.name, *([cluster] if cluster else [])]
-        found: list[Object] = []
-        for name in names:
-            path = ("api", "v1", "namespaces", self.api.namespace, "events")
-            found += self._list(*path, fieldSelector=f"involvedObject.name={name}")
-        return found
-
-    def _find_workloads(self, rayjob: Object) -> list[Object]:
-        if not (rayjob.get("spec") or {}).get("suspend"):
-            return []
-        selector = f"kueue.x-k8s.io/job-uid={rayjob['metadata']['uid']}"
-        return self._list(*KUEUE_GROUP, "namespaces", self.api.namespace, "workloads", labelSelector=selector)
-
-    def _list(self, *path: str, **query: str) -> list[Object]:
-        """Empty where it is not ours to see."""
-        try:
-            items: list[Object] = self.api.get(*path, **query)["items"]
-        except (ApiError, InfrastructureError):
-            return []
-        return items

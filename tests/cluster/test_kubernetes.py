@@ -369,12 +369,14 @@ def test_a_job_from_its_queue_to_its_end(served, tmp_path):
     message = f'Failed to create worker Pod for the cluster train/c, pods "c-workers" is forbidden: {quota}'
     job.kube.event("c", "FailedToCreateWorkerPod", message)
     job.says(f"waiting: a pod is refused: {quota}. The namespace's quota is used up")
+    assert job.cluster.standing().startswith("waits: a pod is refused: exceeded quota: team")
     job.kube.compact()  # watches are answered 410
     job.log()
     job.state(running={})
     job.pod("worker", "ray-worker", containerStatuses=[{"name": "ray", "image": "i:1", "state": {"running": {}}}])
     job.print("step 1\nstep 2 loss 3")
     job.says("step 2 loss 3")
+    assert job.cluster.standing() == "has its pods: 2 of 2 pods run"
     job.state(terminated={"exitCode": 0})  # the server ends the stream, as it may at any time
     time.sleep(0.2)
     job.state(running={})
@@ -570,4 +572,5 @@ def test_found_again_from_its_record(served, tmp_path):
     stopping.join(10)
     assert not stopping.is_alive()
     again.stop("now")  # over already
+    assert again.standing() is None
     again.down()
