@@ -258,7 +258,7 @@ class Follower:
         if self._code is not None:
             return self._code
         why = [kubernetes_causes.failed(rayjob), *(kubernetes_causes.ended(pod) for pod in pods.values())]
-        found = [str(cause) for cause in self._causes(rayjob, pods)]
+        found = [str(cause) for cause in self._causes(rayjob, pods) if cause.text not in why]
         said = "\n".join(filter(None, [*why, *found])) or "its pods are gone, and with them its last words"
         raise InfrastructureError(f"job {self.place.job} is over, and its driver did not say how it ended: {said}")
 

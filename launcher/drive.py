@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..cluster.base import Demand
 from ..cluster.joined import Joined
+from ..distributed import storage
 from ..distributed.again import Flags
 from ..distributed.run_directory import RunDirectory
 from . import submissions
@@ -21,6 +22,7 @@ from .cli import guarded
 from .cli_recipe import remember
 from .handover import unpack
 from .log_copy import LogCopy
+from .restarted import answer_before
 from .start import run_on
 from .supervisor import Nodes
 
@@ -53,6 +55,9 @@ class Driven:
         remember(loaded)
         sys.argv = list(self.job["command"])  # what the run directory says it was started with
         demand = Demand(**self.job["demand"])
+        run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
+        if (code := answer_before(run, self.job["record"]["job"])) is not None:
+            return code
         nodes = Nodes(demand, Joined(address, demand))
         console = Console(width=self.job["columns"])
         return run_on(lambda: nodes, loaded, Flags(**self.job["flags"]), console, begun=self._begin)

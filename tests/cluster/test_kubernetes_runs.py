@@ -18,7 +18,7 @@ from kube_operator import Operator, kubernetes_on
 from processes import Command, ftlaunch, run
 from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
-from training import read_run
+from training import read_run, train
 
 WAIT_S = 120.0
 SECRET = "hf_" + "q7" * 12
@@ -100,7 +100,7 @@ def test_a_detached_run_goes_on_is_stopped_saves_and_goes_on(cluster, place):
     code, said = run(ftlaunch("stop", "long"), place)
     assert code == 0, said
     assert left(served) == []
-    assert [each.process.poll() for each in played.containers.values()] == [0, 0]
+    assert played.ended == [0, 0]
     assert json.loads((directory / "attempts/a1.end.json").read_text())["outcome"] == "interrupted"
     code, said = run(ftlaunch("logs", "-f", "long"), place)
     assert code == 0
@@ -142,6 +142,28 @@ def test_the_launcher_is_killed_after_submission_and_stop_now(cluster, place):
     wait_until(lambda: reached(directory, 2), lambda: command.text)
     code, said = run(ftlaunch("stop", "--now", "alone"), place)
     assert code == 0, said
+    assert left(served) == []
+
+
+def test_lost_pods_are_replaced(cluster, place):
+    """A worker, then the head: KubeRay makes another worker, and starts the whole job again. Every step is there once,
+    and the weights are those of a run that nothing happened to."""
+    served, played = cluster
+    directory = prepare(place, "lossy", served, 90, nodes=2, backoff_limit=3)
+    recipe = json.loads((place / "lossy.yaml").read_text())
+    undisturbed = train({**recipe, "name": "whole", "cluster": {"type": "local"}}, 2)
+    command = Command(ftlaunch("lossy.yaml"), place, {"HF_TOKEN": SECRET})
+    for part, step in (("worker", 5), ("head", 40)):
+        assert command.wait_until(lambda step=step: reached(directory, step)), command.text
+        [lost] = [each for name, each in played.containers.items() if part in name]
+        lost.process.kill()  # and with it all that runs in the pod
+    assert command.wait() == 0, command.text
+    trained = read_run(directory)
+    assert sorted({line["step"] for line in trained.steps}) == list(range(1, 91))
+    assert trained.tensors.keys() == undisturbed.tensors.keys()
+    assert all(trained.tensors[name].equal(tensor) for name, tensor in undisturbed.tensors.items())
+    assert len(list((directory / "attempts").glob("a?.json"))) >= 3
+    assert "has ended with exit code 137. KubeRay makes another one in its place" in command.text
     assert left(served) == []
 
 

@@ -75,6 +75,9 @@ class Operator:
     folder: Path
     fail: dict[str, Object] = field(default_factory=dict)
     containers: dict[str, Container] = field(default_factory=dict)
+    """Of pods that are there."""
+    ended: list[int] = field(default_factory=list)
+    """Exit codes of pods that are gone."""
     _entrypoints: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
     errors: list[BaseException] = field(default_factory=list)
@@ -111,10 +114,12 @@ class Operator:
             return
         deployment = status.get("jobDeploymentStatus")
         if deployment in (None, "Suspended", "Retrying"):
-            self.begin(rayjob)
+            if not self.pods_of(rayjob):
+                self.begin(rayjob)
         elif deployment == "Initializing":
             self.submit_when_ready(rayjob)
         elif deployment == "Running":
+            self.replace_workers(rayjob)
             self.look_at_entrypoint(rayjob)
 
     def begin(self, rayjob: Object) -> None:
@@ -177,6 +182,17 @@ class Operator:
             self.kube.delete("rayclusters", rayjob["status"]["rayClusterName"])
         self.kube.update("rayjobs", name, {"status": failed if code else done})
 
+    def replace_workers(self, rayjob: Object) -> None:
+        """A worker that has ended is deleted, and another one made in its place."""
+        cluster = self.kube.get("rayclusters", rayjob["status"]["rayClusterName"])
+        there = {name.rpartition("-")[2]: name for name in self.pods_of(rayjob)}
+        for number, (role, group) in enumerate(groups_of(cluster)):
+            name = there.get(str(number))
+            if name is None:
+                self.make_pod(cluster, number, role, group)
+            elif role == "worker" and self.kube.get("pods", name).get("status", {}).get("phase") == "Failed":
+                self.kube.delete("pods", name)
+
     def suspend(self, name: str) -> None:
         """KubeRay deletes the cluster, and waits for its pods."""
         rayjob = self.kube.get("rayjobs", name)
@@ -195,7 +211,7 @@ class Operator:
                 process.send_signal(signal.SIGTERM)
 
     def pods_of(self, rayjob: Object) -> list[str]:
-        cluster = rayjob["status"].get("rayClusterName")
+        cluster = rayjob.get("status", {}).get("rayClusterName", "none")
         pods = [pod for pod in self.kube.all("pods") if pod["metadata"]["labels"].get("ray.io/cluster") == cluster]
         return sorted((pod["metadata"]["name"] for pod in pods), key=lambda name: int(name.rpartition("-")[2]))
 
@@ -225,7 +241,7 @@ class Operator:
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         secret = volumes["job"]["secret"]
         found = self.kube.get("secrets", secret["secretName"])
-        place = self.folder / f"{name}-job"
+        place = self.folder / f"{name}-{self.kube.version}"
         place.mkdir()
         for item in secret["items"]:
             file = place / item["path"]
@@ -288,7 +304,11 @@ class Operator:
             elif time.monotonic() - container.told_s > grace_s:
                 container.process.kill()
             return
+        if container is not None:
+            self.ended.append(container.process.returncode)
+            del self.containers[name]
         self.kube.update("pods", name, {"metadata": {"finalizers": None}})
+        self.kube.logs.pop(name, None)
 
     def close(self) -> None:
         """Power off."""
