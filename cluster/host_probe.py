@@ -95,8 +95,8 @@ a, b = (rng.integers(-8, 8, (n, n)) for _ in range(2))
 exact = a @ b  # integers: no rounding, and no BLAS
 x, y = a.astype(np.float32), b.astype(np.float32)
 x @ y
-best, alike = float("inf"), True
-for _ in range(8):
+best, alike, until = float("inf"), True, time.perf_counter() + 0.3
+while time.perf_counter() < until:  # the best of many: other work on the node only ever makes it slower
     start = time.perf_counter()
     product = x @ y
     best = min(best, time.perf_counter() - start)

@@ -268,9 +268,32 @@ def test_what_fails_on_a_node_is_told(tmp_path, monkeypatch):
 
 
 def test_pairs_that_have_not_had_their_turn_in_time_are_left_out():
-    ticks = iter([0.0, 0.0, *[examining.LONGEST_S + 1.0] * 100])
-    sent = examining._send_all(Here("a", "b", "c"), ["a", "b", "c"], examining.LONGEST_S, lambda: next(ticks))
+    ticks, nodes = iter([0.0, 0.0, *[examining.LONGEST_S + 1.0] * 100]), ["a", "b", "c"]
+    sent = examining._send(Here(*nodes), nodes, rounds(nodes), examining.LONGEST_S, lambda: next(ticks))
     assert sum(len(answers) for answers in sent.values()) == 2
+
+
+def test_a_node_that_was_slow_for_a_moment_is_not_unfit():
+    """A disturbed first look at c's links and its arithmetic; and d, which stays slow."""
+
+    asked: Counter[tuple[str, str]] = Counter()
+
+    class Disturbed(Here):
+        def ask(self, node: str, probe: str, **question: Any) -> Any:
+            asked[node, probe] += 1
+            answer = super().ask(node, probe, **question)
+            first = asked[node, probe] <= (3 if probe == "send" else 1)
+            if probe == "send" and (node == "d" or (node == "c" and first)):
+                return {**answer, "bytes_per_s": 1.0}
+            if probe == "compute" and node == "c" and first:
+                return {"cpu": {**answer["cpu"], "gflops": 1e-3}}
+            return answer
+
+    measured = examine(Disturbed("a", "b", "c", "d"), Wanted(gpus=False), print)
+    bad = unfit(judge(measured))
+    assert set(bad) == {"gone", "d"}
+    assert "best link" in bad["d"][0]
+    assert measured["c"].compute is not None and measured["c"].compute["cpu"]["exact"]
 
 
 def test_what_is_looked_at_follows_from_the_recipe():
