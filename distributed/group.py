@@ -7,12 +7,14 @@ rank is not mistaken for a hang of the training collectives.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,10 @@ CONTROL_TIMEOUT = timedelta(minutes=60)
 
 SAVE_TIMEOUT = timedelta(minutes=60)
 """Ranks that save wait for each other's storage, over a slow link too."""
+
+
+LISTEN_BACKLOG = 4096
+"""Ranks that may knock at once."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,38 @@ def start(world: World, rendezvous: str) -> Group:
             world_size=1,
             timeout=TRAINING_TIMEOUT,
         )
+    elif rendezvous.startswith("tcp://"):
+        store = _store(world, rendezvous)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TRAINING_TIMEOUT)
     else:
         dist.init_process_group(
             backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=TRAINING_TIMEOUT
         )
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Group(world, Peers(world.rank, world.size, control))
+
+
+def _store(world: World, rendezvous: str) -> dist.TCPStore:
+    """Where ranks find each other. torch's own listens on every interface and asks nobody for anything; this one
+    listens at the address that it is reached by."""
+    place = urlsplit(rendezvous)
+    assert place.hostname is not None and place.port is not None, rendezvous
+    listens: dict[str, int] = {}
+    if world.is_main:
+        listener = socket.socket(socket.AF_INET6 if ":" in place.hostname else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((place.hostname, place.port))
+        listener.listen(LISTEN_BACKLOG)
+        listens["master_listen_fd"] = listener.detach()
+    return dist.TCPStore(
+        place.hostname,
+        place.port,
+        world.size,
+        is_master=world.is_main,
+        timeout=TRAINING_TIMEOUT,
+        wait_for_workers=False,
+        **listens,
+    )
 
 
 def stop() -> None:
