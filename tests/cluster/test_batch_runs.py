@@ -12,21 +12,20 @@ from training import read_run, train
 def test_a_sweep_with_a_run_that_fails(tmp_path):
     recipe = {**recipe_for(tmp_path, train={"max_steps": 4, "max_grad_norm": None}), "name": "bot"}
     write_recipe(tmp_path / "bot.yaml", recipe)
-    words = ["batch", "bot.yaml", "--sweep", "train.learning_rate=1e-3,1e30", "--sweep", "train.seed=3,4"]
+    words = ["batch", "bot.yaml", "--sweep", "train.learning_rate=1e30,1e-3", "--sweep", "train.seed=3"]
     code, said = run(ftlaunch(*words), tmp_path)
     assert code == 1, said
-    assert "batch bot-sweep: 4 runs, 1 at once" in said
+    assert "batch bot-sweep: 2 runs, 1 at once" in said
     table = json.loads((tmp_path / "batches/bot-sweep/comparison.json").read_text())
     states = {row["name"]: (row["state"], row["exit_code"]) for row in table}
     assert states == {
-        f"bot-learning_rate-{rate}-seed-{seed}": ended
+        f"bot-learning_rate-{rate}-seed-3": ended
         for rate, ended in (("1e-3", ("finished", 0)), ("1e30", ("failed", 1)))
-        for seed in (3, 4)
     }
-    assert [row["state"] for row in table[:2]] == ["finished", "finished"]  # the best first
-    assert all("train.learning_rate" in row["message"] for row in table[2:])
+    assert table[0]["state"] == "finished"  # the best first
+    assert "train.learning_rate" in table[1]["message"]
     page = (tmp_path / "batches/bot-sweep/comparison.html").read_text()
-    assert "bot-learning_rate-1e-3-seed-4" in page
+    assert "bot-learning_rate-1e-3-seed-3" in page
 
     section = {**recipe["train"], "learning_rate": 1e-3, "seed": 3}
     alone = train({**recipe, "name": "alone", "train": section}, 1)
@@ -35,6 +34,6 @@ def test_a_sweep_with_a_run_that_fails(tmp_path):
     [row] = [row for row in table if row["name"] == "bot-learning_rate-1e-3-seed-3"]
     assert row["loss"] == alone.losses[-1]
 
-    code, said = run(ftlaunch(*words[:2], "--sweep", "train.learning_rate=1e-3", "--sweep", "train.seed=3,4"), tmp_path)
-    assert code == 0, said  # both are finished, and nothing is trained again
+    code, said = run(ftlaunch(*words[:2], "--sweep", "train.learning_rate=1e-3", "--sweep", "train.seed=3"), tmp_path)
+    assert code == 0, said  # it is finished, and nothing is trained again
     assert len(list((swept.directory / "attempts").glob("a?.json"))) == 1
