@@ -111,7 +111,7 @@ def test_tensorboard_shows_a_run_that_asks_for_nothing(tmp_path):
     wanted: dict[str, list[tuple[int, float]]] = {}
     for line in run.lines:
         values = line["losses"] if line["kind"] == "evaluation" else line
-        for name in values.keys() - {"kind", "step", "attempt"} if line["kind"] in kinds else ():
+        for name in values.keys() - {"kind", "step", "attempt", "time"} if line["kind"] in kinds else ():
             wanted.setdefault(kinds[line["kind"]] + name, []).append((line["step"], values[name]))
     assert {"train/loss", "train/learning_rate", "eval/chats/loss"} <= wanted.keys()
     assert set(events.Tags()["scalars"]) == wanted.keys()
