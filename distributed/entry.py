@@ -173,7 +173,8 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
     published = group.alike(
         lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
     )
-    content = Content(parts_of(engine, has_adapter=built.has_adapter), frozen=built.frozen())
+    parts = parts_of(engine, has_adapter=built.has_adapter, layout=built.layout)
+    content = Content(parts, frozen=frozenset(built.layout.names(built.frozen())))
     writer, staging = _writer(job, group, attempt, content, recorder)
     saver = Saver(
         recipe=recipe,
@@ -188,6 +189,7 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
         extra_files=published,
         has_adapter=built.has_adapter,
         frozen=content.frozen,
+        layout=built.layout,
         data_digest=data.digest,
         last_step=extent.steps if state else None,
     )

@@ -19,6 +19,7 @@ from ..recipes.schema import Recipe
 from .adapter import adapt
 from .loss_model import LossModel
 from .quantized import Packing, packings, quantize_base
+from .stored_layout import AS_IT_IS, StoredLayout, layout_of
 
 if TYPE_CHECKING:
     from .model_files import ModelFolder
@@ -35,7 +36,7 @@ class BuiltModel:
     an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
     `shapes` are those of whole parameters, which a strategy may hold flat; `tables` the names of embeddings and heads,
     which some optimizers treat otherwise; `packed` weights of the base that are held in 4 bits, by their stored names.
-    Tied parameters appear once.
+    Tied parameters appear once. What files call a tensor of the base, or what pieces of it they hold, `layout` says.
     """
 
     loss_model: LossModel
@@ -45,6 +46,7 @@ class BuiltModel:
     tables: frozenset[str]
     packed: dict[str, Packing]
     has_adapter: bool
+    layout: StoredLayout = AS_IT_IS
 
     @property
     def config(self) -> Any:
@@ -56,7 +58,7 @@ class BuiltModel:
         return (name for name in self.shapes if name not in self.base)
 
     def frozen(self) -> frozenset[str]:
-        """Names in checkpoint files of what is stored and not trained."""
+        """Names, as `published`, of what is stored and not trained."""
         trained = {name for name, parameter in self.loss_model.named_parameters() if parameter.requires_grad}
         return frozenset(published for name, published in self.published.items() if name not in trained)
 
@@ -81,6 +83,7 @@ class BuiltModel:
 def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     """The recipe's model, frozen and adapted, without values. Raises UserError for what cannot be trained."""
     causal_lm = _structure(recipe, folder)
+    layout = layout_of(causal_lm)
     model = causal_lm if recipe.adapter is None else adapt(causal_lm, recipe.adapter)
     if recipe.adapter is not None and recipe.adapter.type == "qlora":
         quantize_base(model, causal_lm, DTYPES[recipe.model.dtype])
@@ -95,7 +98,7 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     base = {name: base_name(name) for name in shapes if not is_adapter_tensor(name)}
     published = {name: adapter_name(name) for name in shapes if is_adapter_tensor(name)} if has_adapter else base
     packed = {base[name]: packing for name, packing in packings(loss_model).items()}
-    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), packed, has_adapter)
+    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), packed, has_adapter, layout)
 
 
 def _tables(loss_model: LossModel) -> frozenset[str]:
@@ -111,8 +114,6 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
 
     model_type = folder.config.get("model_type")
     _refuse_quantized(folder.config)
-    if recipe.model.init == "pretrained":
-        _refuse_converted(model_type)
     # `probes.choose_attention` may find better than sdpa.
     attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
     try:
@@ -136,16 +137,6 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.path: the weights are quantised (quantization_config: {method}), and cannot be trained. Take the "
             "model in bfloat16."
-        )
-
-
-def _refuse_converted(model_type: str | None) -> None:
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    if get_checkpoint_conversion_mapping(model_type) is not None:
-        raise UserError(
-            f"model.path: the stored tensors of model type {model_type!r} are permuted or merged by transformers when "
-            "loaded; training such models is not supported yet."
         )
 
 
@@ -188,7 +179,9 @@ def base_name(name: str) -> str:
         if name.startswith(wrapper):
             name = name.removeprefix(wrapper)
             break
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    while ".base_layer." in name:  # one within the other, where several tensors of a module have adapters
+        name = name.replace(".base_layer.", ".")
+    return name.replace(".original_module.", ".")
 
 
 def adapter_name(name: str) -> str:

@@ -8,6 +8,7 @@ they differ by no more than the order of additions.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..recipes.errors import UserError
 from ..recipes.schema import Recipe
 from . import storage
+from .checkpoint.fragments import FragmentReader
 from .checkpoint.layout import num_elements
 from .checkpoint.reader import CheckpointReader
 from .initialise import fill_buffers
@@ -102,17 +104,21 @@ def own_logits(directory: str, base: ModelFolder | None, config: dict[str, Any] 
     """Logits [B, S, V] of the same tokens, through the parts that train. Raises UserError."""
     folder = base or ModelFolder(directory)
     built = build_model(_recipe(folder, config), folder)
-    stored = CheckpointReader(folder.url)
-    values = {name: stored.read_tensor(there).float() for name, there in built.base.items()}
+    stored = built.layout.joined(CheckpointReader(folder.url))
+    values = {name: _whole(stored, there, built.shapes[name]) for name, there in built.base.items()}
     if config is not None:
         adapter = CheckpointReader(directory, "adapter_model")
-        values |= {name: adapter.read_tensor(there).float() for name, there in built.published.items()}
+        values |= {name: _whole(adapter, there, built.shapes[name]) for name, there in built.published.items()}
     built.loss_model.load_state_dict(values, strict=False, assign=True)
     built.loss_model.causal_lm.tie_weights()
     fill_buffers(built.loss_model, torch.device("cpu"))
     tokens = probe(built.config.get_text_config().vocab_size)
     with torch.no_grad():
         return logits_of(built.loss_model.eval(), {"input_ids": tokens})
+
+
+def _whole(reader: FragmentReader, name: str, shape: tuple[int, ...]) -> Tensor:
+    return reader.read(name, ((0, math.prod(shape)),)).float().view(shape)
 
 
 def _recipe(folder: ModelFolder, config: dict[str, Any] | None) -> Recipe:

@@ -12,13 +12,14 @@ from .checkpoint.commit import CommitRecord, latest_resumable, set_aside
 from .checkpoint.manifest import DamagedError
 from .group import Group
 from .metrics import Recorder
+from .model import BuiltModel
 from .node_share import shared_on_node
 from .saver import load_parts, read_state
 from .strategies.base import Engine
 
 
 def load_newest(
-    engine: Engine, has_adapter: bool, attempt: Attempt, group: Group, recorder: Recorder | None
+    engine: Engine, built: BuiltModel, attempt: Attempt, group: Group, recorder: Recorder | None
 ) -> dict[str, Any] | None:
     """Weights, masters, optimizer; returns the state to continue from, or None for a run without a checkpoint.
 
@@ -26,7 +27,7 @@ def load_newest(
     record = attempt.resume
     while record is not None:
         directory = attempt.run.path(record.directory)
-        act = partial(_try, engine, directory, has_adapter, attempt, group)
+        act = partial(_try, engine, directory, built, attempt, group)
         (state, problem), [damaged] = group.act_and_sum(act, width=1, doing="loading weights")
         if not damaged:
             return state
@@ -36,11 +37,11 @@ def load_newest(
 
 
 def _try(
-    engine: Engine, directory: str, has_adapter: bool, attempt: Attempt, group: Group
+    engine: Engine, directory: str, built: BuiltModel, attempt: Attempt, group: Group
 ) -> tuple[tuple[dict[str, Any] | None, str], list[float]]:
     try:
         with shared_on_node(directory, group.world, attempt.key) as share:
-            load_parts(engine, directory, has_adapter, share)
+            load_parts(engine, directory, built.has_adapter, share, built.layout)
         return (read_state(directory), ""), [0]
     except DamagedError as error:
         return (None, str(error)), [1]

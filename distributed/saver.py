@@ -16,6 +16,7 @@ from .background import Work
 from .checkpoint.commit import add_metrics
 from .checkpoint.content import Content
 from .checkpoint.fetch import Share
+from .checkpoint.fragments import Fragment
 from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
 from .checkpoint.reader import CheckpointReader
@@ -30,6 +31,7 @@ from .metrics import Recorder, Stopwatch
 from .rejections import Rejections
 from .run_directory import RunDirectory
 from .schedule import Extent
+from .stored_layout import AS_IT_IS, StoredLayout
 from .strategies.base import Engine
 from .weights import check_stored
 
@@ -57,8 +59,9 @@ class Saver:
     """config.json, tokenizer and so on; only rank 0 needs them."""
     has_adapter: bool
     frozen: Collection[str]
-    """Names, as published, of tensors that are not trained."""
+    """Names in files of tensors that are not trained."""
     data_digest: str
+    layout: StoredLayout = AS_IT_IS
     staging: Staging | None = None
     """Where checkpoints are copied to and written from while training goes on; None: training waits for each."""
     last_step: int | None = None
@@ -169,7 +172,7 @@ class Saver:
 
     def _content(self, state: Mapping[str, Any]) -> Content:
         return Content(
-            parts=parts_of(self.engine, has_adapter=self.has_adapter),
+            parts=parts_of(self.engine, has_adapter=self.has_adapter, layout=self.layout),
             extra_files=self.extra_files,
             state=state,
             frozen=self.frozen,
@@ -200,9 +203,13 @@ def retention_of(recipe: Recipe) -> Retention:
     return Retention(keep.keep_last, keep.keep_every, best, metric, keep.keep_training_state)
 
 
-def parts_of(engine: Engine, *, has_adapter: bool) -> dict[str, Source]:
-    """What an engine holds, by file stem."""
-    return {stem_of(part, has_adapter): partial(engine.fragments, part) for part in engine.parts}
+def parts_of(engine: Engine, *, has_adapter: bool, layout: StoredLayout = AS_IT_IS) -> dict[str, Source]:
+    """What an engine holds, as files have it, by file stem."""
+    return {stem_of(part, has_adapter): partial(_stored, engine, part, layout) for part in engine.parts}
+
+
+def _stored(engine: Engine, part: str, layout: StoredLayout) -> Iterator[Fragment]:
+    return layout.cut(engine.fragments(part))
 
 
 def stem_of(part: str, has_adapter: bool) -> str:
@@ -217,7 +224,9 @@ def read_state(directory: str) -> dict[str, Any]:
     return state
 
 
-def load_parts(engine: Engine, directory: str, has_adapter: bool, share: Share | None = None) -> None:
+def load_parts(
+    engine: Engine, directory: str, has_adapter: bool, share: Share | None = None, layout: StoredLayout = AS_IT_IS
+) -> None:
     """Fill an engine with a checkpoint: weights, masters, optimizer; each rank reads just its ranges, and holds them
     against the manifest's checksums. Raises DamagedError for bytes that are not what was written, and UserError for a
     checkpoint of another model, adapter or optimizer."""
@@ -225,8 +234,9 @@ def load_parts(engine: Engine, directory: str, has_adapter: bool, share: Share |
     stems = {part: stem_of(part, has_adapter) for part in engine.parts}
     refuse_missing(directory, stems.values(), files)
     readers = {part: checked_reader(directory, stem, files, share) for part, stem in stems.items()}
-    check_stored(directory, {one.spec.name: one.spec.shape for one in engine.fragments("model")}, readers["model"])
-    for part, reader in readers.items():
+    joined = {part: layout.joined(reader) for part, reader in readers.items()}
+    check_stored(directory, {one.spec.name: one.spec.shape for one in engine.fragments("model")}, joined["model"])
+    for part, reader in joined.items():
         engine.load(part, reader)
     if damaged := [problem for reader in readers.values() for problem in reader.damaged]:
         raise DamagedError(damaged[0])

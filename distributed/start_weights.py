@@ -47,7 +47,7 @@ def load_weights(
 
         def load_base() -> None:
             if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
-                base = open_weights(folder, share, pickles=recipe.model.allow_pickle)
+                base = built.layout.joined(open_weights(folder, share, pickles=recipe.model.allow_pickle))
                 reader = QuantizingReader(base, built.packed, group.world.device)
                 check_base(built, reader)
                 if recipe.model.keep_optimizer_state:
@@ -56,9 +56,9 @@ def load_weights(
                     engine.load_base(reader)
 
         group.alike(load_base, "loading weights")
-        state = load_newest(engine, built.has_adapter, attempt, group, recorder)
+        state = load_newest(engine, built, attempt, group, recorder)
         if attempt.resume is None and built.has_adapter:
-            base = open_weights(folder, share, pickles=recipe.model.allow_pickle)
+            base = built.layout.joined(open_weights(folder, share, pickles=recipe.model.allow_pickle))
             start_adapter(engine, built, recipe, base, group)
     return state
 
@@ -96,16 +96,17 @@ def load_with_optimizer(engine: Engine, built: BuiltModel, directory: str, share
     has_master = any(file.path.startswith(("training/master.", "training/master-")) for file in files)
     masters = [checked_reader(directory, "master", files, share)] if has_master else []
     readers: dict[str, CheckpointReader] = {part: checked_reader(directory, part, files, share) for part in moments}
-    _refuse_other_layers(built, directory, readers)
-    precise = Layered((*masters, weights))
+    joined = {part: built.layout.joined(reader) for part, reader in readers.items()}
+    _refuse_other_layers(built, directory, joined)
+    precise = built.layout.joined(Layered((*masters, weights)))
     for part in engine.parts:
-        engine.load(part, readers.get(part, precise))
+        engine.load(part, joined.get(part, precise))
     if damaged := [problem for reader in (*masters, weights, *readers.values()) for problem in reader.damaged]:
         raise DamagedError(damaged[0])
     engine.load_optimizer_state(read_state(directory)["optimizer"])
 
 
-def _refuse_other_layers(built: BuiltModel, directory: str, readers: dict[str, CheckpointReader]) -> None:
+def _refuse_other_layers(built: BuiltModel, directory: str, readers: dict[str, FragmentReader]) -> None:
     """A tensor that was frozen then has no moments."""
     trained = set(built.published.values()) - built.frozen()
     held = {name for reader in readers.values() for name in reader.names()}

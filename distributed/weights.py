@@ -27,7 +27,7 @@ def check_base(built: BuiltModel, reader: FragmentReader) -> None:
     if missing or shapes:
         raise UserError(
             "model.path: the weights do not fit config.json.\n"
-            + _listed("missing from the files", missing)
+            + _listed("missing from the files", [name for name in built.layout.names(missing) if name not in stored])
             + _listed("other shapes", shapes)
             + "Give a folder whose config.json belongs to its weights."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,8 @@ class CheckpointReader:
     With `spans` (of files, by name) all that is read is held against their checksums. What is not as it was written
     is named in `damaged`, and read all the same: an engine may need all ranks for what it does with a tensor. `share`:
     what several ranks of the node read is fetched by one of them.
-    Raises UserError when the folder has no such safetensors files, or broken ones, and DamagedError for headers that
-    are not what was written.
+    Threads may share it. Raises UserError when the folder has no such safetensors files, or broken ones, and
+    DamagedError for headers that are not what was written.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CheckpointReader:
         self._check_headers(stem)
         self.files = open_folder(url, stem)
         self._kept = _Block("", 0, b"")
+        self._keeping = threading.Lock()
         self._small: dict[str, list[Range]] = {}
 
     @property
@@ -98,15 +100,17 @@ class CheckpointReader:
 
     def _block_of(self, file: StoredFile, place: StoredTensor) -> _Block:
         """The block of small neighbours that a tensor lies in. All ranks cut a file alike: each needs all of it."""
-        if self._kept.file != file.name or not self._kept.start <= place.start <= place.stop <= self._kept.stop:
-            if file.name not in self._small:
-                self._small[file.name] = list(_small_blocks(file))
-            blocks = self._small[file.name]
-            start, stop = blocks[bisect_right(blocks, place.start, key=lambda block: block[0]) - 1]
-            data = bytearray(stop - start)
-            self._fetcher.read_into(file.name, start, memoryview(data), by_all=True)
-            self._kept = _Block(file.name, start, data)
-        return self._kept
+        with self._keeping:
+            kept = self._kept
+            if kept.file != file.name or not kept.start <= place.start <= place.stop <= kept.stop:
+                if file.name not in self._small:
+                    self._small[file.name] = list(_small_blocks(file))
+                blocks = self._small[file.name]
+                start, stop = blocks[bisect_right(blocks, place.start, key=lambda block: block[0]) - 1]
+                data = bytearray(stop - start)
+                self._fetcher.read_into(file.name, start, memoryview(data), by_all=True)
+                self._kept = kept = _Block(file.name, start, data)
+            return kept
 
     def _check_headers(self, stem: str) -> None:
         spans = self._fetcher.spans

@@ -48,6 +48,11 @@ class Model:
             {"name": "import", "model": section, "data": {"train": [{"path": "none.jsonl"}]}}
         )
         built = build_model(recipe, folder)
+        if built.layout.pieces:
+            raise UserError(
+                f"{folder.url}: checkpoints of model type {built.config.model_type!r} cannot be imported yet: its "
+                "files hold tensors under other names than the model does. Start from its weights, as model.path."
+            )
         fill_buffers(built.loss_model, torch.device("cpu"))
         shapes = {published: built.shapes[name] for name, published in built.published.items()}
         return cls(folder, built, shapes, built.loss_model.causal_lm.state_dict().keys() - shapes.keys())

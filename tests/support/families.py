@@ -39,6 +39,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "mamba2": {"state_size": 8, "num_heads": 10, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 16},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "head_dim": 12},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12, "rotary_dim": 12},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "falcon_h1": {
         "head_dim": 12,
@@ -55,6 +59,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
     return AutoConfig.for_model(model_type, **(COMMON | CHANGES[model_type] | changes))
+
+
+def make_family(folder: Path, model_type: str, seed: int = 0) -> Path:
+    """A tiny model with random weights, as transformers saves it, and a tokenizer beside it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    make_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(folder)
+    return folder
 
 
 def make_config_folder(folder: Path, model_type: str, **changes: Any) -> Path:

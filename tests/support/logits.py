@@ -23,7 +23,7 @@ def probe_batch() -> dict[str, torch.Tensor]:
 def logits_of_the_engine(rank: int, size: int, settings: dict[str, Any], checkpoint: Path) -> Any:
     """The logits of a checkpoint, resumed by the engine itself."""
     made = Rank.build(settings, World(rank=rank, size=size, local_rank=rank, local_size=size))
-    load_parts(made.engine, str(checkpoint), made.built.has_adapter)
+    load_parts(made.engine, str(checkpoint), made.built.has_adapter, layout=made.built.layout)
     made.engine.module.eval()
     with torch.no_grad():
         return made.engine.module(probe_batch(), "own_logits").float().numpy().copy()

@@ -64,7 +64,7 @@ class Rank:
         if typed.model.init == "pretrained":
             base = CheckpointReader(folder.url)
             world = world or World()
-            engine.load_base(QuantizingReader(base, built.packed, world.device))
+            engine.load_base(QuantizingReader(built.layout.joined(base), built.packed, world.device))
             start_adapter(engine, built, typed, base, Group(world, Peers(world.rank, world.size, None)))
         return cls(typed, built, engine)
 
