@@ -173,8 +173,7 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
     published = group.alike(
         lambda: published_files(recipe, built, folder) if world.is_main else {}, "reading the model"
     )
-    parts = parts_of(engine, has_adapter=built.has_adapter, layout=built.layout)
-    content = Content(parts, frozen=frozenset(built.layout.names(built.frozen())))
+    content = _content(engine, built)
     writer, staging = _writer(job, group, attempt, content, recorder)
     saver = Saver(
         recipe=recipe,
@@ -187,9 +186,8 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
         staging=staging,
         recorder=recorder,
         extra_files=published,
-        has_adapter=built.has_adapter,
+        parts=content.parts,
         frozen=content.frozen,
-        layout=built.layout,
         data_digest=data.digest,
         last_step=extent.steps if state else None,
     )
@@ -209,6 +207,12 @@ def build_run(job: Job, group: Group, attempt: Attempt, recorder: Recorder | Non
         extent=extent,
         advise=chosen.advise,
     )
+
+
+def _content(engine: Engine, built: BuiltModel) -> Content:
+    """What of a model a checkpoint holds."""
+    parts = parts_of(engine, has_adapter=built.has_adapter, layout=built.layout)
+    return Content(parts, frozen=frozenset(built.layout.names(built.frozen())))
 
 
 def _writer(

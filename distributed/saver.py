@@ -57,11 +57,11 @@ class Saver:
     recorder: Recorder | None
     extra_files: Mapping[str, bytes]
     """config.json, tokenizer and so on; only rank 0 needs them."""
-    has_adapter: bool
+    parts: Mapping[str, Source]
+    """What the engine holds, by file stem; see `parts_of`."""
     frozen: Collection[str]
     """Names in files of tensors that are not trained."""
     data_digest: str
-    layout: StoredLayout = AS_IT_IS
     staging: Staging | None = None
     """Where checkpoints are copied to and written from while training goes on; None: training waits for each."""
     last_step: int | None = None
@@ -172,7 +172,7 @@ class Saver:
 
     def _content(self, state: Mapping[str, Any]) -> Content:
         return Content(
-            parts=parts_of(self.engine, has_adapter=self.has_adapter, layout=self.layout),
+            parts=self.parts,
             extra_files=self.extra_files,
             state=state,
             frozen=self.frozen,
