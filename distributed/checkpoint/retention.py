@@ -86,9 +86,11 @@ def drop_unfinished_uploads(run_url: str, *, attempt: int, alive: Collection[int
     except FtlaunchError as error:
         report(f"Uploads that killed attempts may have left cannot be listed: {error}")
         return 0
-    left = set(orphans([folder for _, _, folder in found], (), attempt=attempt, alive=alive))
-    dropped = [uploads.abort(url, name) for url, name, folder in found if folder in left]
-    return len(dropped)
+    orphaned = set(orphans([folder for _, _, folder in found], (), attempt=attempt, alive=alive))
+    left = [(url, name) for url, name, folder in found if folder in orphaned]
+    for url, name in left:
+        uploads.abort(url, name)
+    return len(left)
 
 
 def _drop_training_state(run_url: str, records: Sequence[CommitRecord], keep: int) -> None:
