@@ -87,8 +87,13 @@ class Driver:
     entry: str
     """`module:function`."""
     job: Callable[[Demand], Mapping[str, Any]]
-    """What it is told, as JSON, once it is known what the nodes have. There may be secrets in it."""
+    """What it is told, as JSON, once it is known what the nodes have. There may be secrets in it. The cluster adds
+    `record`; one that knows its nodes only when they are there puts its own `demand` in."""
 
+
+LEFT, LEFT_EARLY = 76, 77
+"""Exit codes of a driver that was asked to leave its nodes (by SIGUSR1), and has: the run goes on when it gets nodes
+again. The second: before there was a newer checkpoint."""
 
 Stop = Literal["save", "now"]
 """Save after the step at hand and end, or end at once."""
@@ -101,6 +106,10 @@ driver keeps it in the run directory."""
 
 class SubmittedCluster(Protocol):
     """One kind of cluster that a run is submitted to. Adding one: as for `Cluster`."""
+
+    run_is_here: bool
+    """Whether this machine sees the run directory as the nodes do. Then the run is looked at before anything waits for
+    nodes, and it is known to be submitted before its driver begins."""
 
     def problems(self) -> list[str]:
         """What the user must mend before this can start, all of it. Raises InfrastructureError if all that is wrong
@@ -118,6 +127,11 @@ class SubmittedCluster(Protocol):
 
     def follow(self, write: Callable[[bytes], None]) -> int:
         """Pass on what the driver prints until it ends; its exit code. Raises InfrastructureError if it was lost."""
+        ...
+
+    def standing(self) -> str | None:
+        """How the job stands, in words that go behind its name: that it waits, and for what, or where it runs; None: it
+        is over. Raises InfrastructureError."""
         ...
 
     def stop(self, how: Stop) -> None:

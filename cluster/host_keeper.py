@@ -44,10 +44,6 @@ PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _login() -> dict[str, str]:
     """The login's variables, but for what it has set for a Ray of its own."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -83,6 +79,9 @@ class Watch:
 class Keeper:
     """Of one job on one host, in its folder. `spec` is what the launcher wrote (see `ssh_job.py`)."""
 
+    shielded: frozenset[signal.Signals] = frozenset()
+    """Signals that nothing it starts is to get: schedulers send some to all processes of a job at once."""
+
     def __init__(self, folder: Path, spec: Mapping[str, Any]) -> None:
         self._folder, self._spec = folder, spec
         self._driver: subprocess.Popen[bytes] | None = None
@@ -108,8 +107,12 @@ class Keeper:
             return subprocess.Popen(
                 command, cwd=folder if folder.is_dir() else self._folder, env={**_login(), **self._spec["env"]},
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - there are no threads here
+                preexec_fn=self._before_exec,  # noqa: PLW1509 - there are no threads here
             )  # fmt: skip
+
+    def _before_exec(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.shielded)
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the keeper
 
     def _search(self) -> str | None:
         """Wait for the first host's Ray to answer; returns why that is over."""

@@ -36,6 +36,8 @@ GONE_S = 60.0
 class Ssh:
     """The `ssh` cluster."""
 
+    run_is_here = False  # hosts share their folders with each other
+
     def __init__(self, config: SshCluster, need: Need) -> None:
         self._config, self._need = config, need
         self._python = config.python or sys.executable
@@ -196,6 +198,17 @@ class Ssh:
             if answer["ended"] is not None or answer.get("gone"):
                 raise InfrastructureError(f"the job on {first} is over: {answer['ended'] or 'its folder is gone'}")
             time.sleep(POLL_S)
+
+    def standing(self) -> str | None:
+        """See `SubmittedCluster`."""
+        first = hosts_of(self._config)[0]
+        if first not in self._fleet.hosts:
+            raise InfrastructureError("\n".join(self._lost))
+        try:
+            state = self._fleet.ask(first, "state", job=self._job)
+        except HostError as error:
+            raise InfrastructureError(str(error)) from error
+        return None if state["exit"] is not None or state["ended"] is not None else f"runs on {first}"
 
     def stop(self, how: Stop) -> None:
         """See `SubmittedCluster`. With `save` it ends when the first host's driver has."""

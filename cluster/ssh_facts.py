@@ -48,8 +48,13 @@ def requirements() -> dict[str, Requirement]:
 
 def problems(config: SshCluster, hosts: Hosts, wanted: Mapping[str, Requirement]) -> list[str]:
     """Everything, by host where it is one host's."""
-    rules = [*_systems(hosts), *_packages(hosts, wanted), *_gpus(config, hosts), *_disks(hosts)]
-    return [*rules, *_same_machine(hosts), *_differ(hosts), *_clocks(hosts)]
+    return [*unfit(config.gpus_per_node, hosts, wanted), *_same_machine(hosts), *_clocks(hosts)]
+
+
+def unfit(gpus_per_node: int | None, hosts: Hosts, wanted: Mapping[str, Requirement]) -> list[str]:
+    """What is wrong with hosts wherever they come from."""
+    rules = [*_systems(hosts), *_packages(hosts, wanted), *_gpus(gpus_per_node, hosts), *_disks(hosts)]
+    return [*rules, *_differ(hosts)]
 
 
 def _systems(hosts: Hosts) -> Iterator[str]:
@@ -75,15 +80,15 @@ def _fits(version: str | None, need: Requirement) -> bool:
     return version is not None and need.specifier.contains(version, prereleases=True)
 
 
-def _gpus(config: SshCluster, hosts: Hosts) -> Iterator[str]:
+def _gpus(gpus_per_node: int | None, hosts: Hosts) -> Iterator[str]:
     most = max(facts["gpus"] for facts in hosts.values())
     for host, facts in hosts.items():
-        if config.gpus_per_node is not None and facts["gpus"] < config.gpus_per_node:
+        if gpus_per_node is not None and facts["gpus"] < gpus_per_node:
             yield (
-                f"host {host}: cluster.gpus_per_node is {config.gpus_per_node}, it has {facts['gpus']}. Leave the host "
+                f"host {host}: cluster.gpus_per_node is {gpus_per_node}, it has {facts['gpus']}. Leave the host "
                 "out, ask for fewer, or train on CPUs with --gpus-per-node 0."
             )
-        elif config.gpus_per_node is None and facts["gpus"] != most:
+        elif gpus_per_node is None and facts["gpus"] != most:
             yield f"host {host}: it has {facts['gpus']} GPUs, others have {most}; say cluster.gpus_per_node"
 
 

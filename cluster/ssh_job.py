@@ -19,13 +19,12 @@ from typing import Any
 from .base import Demand
 from .ray_settings import QUIET
 
-DRIVE = """import sys
+PROGRAM = """import sys
 
 from {module} import {function}
 
 sys.exit({function}())
 """
-"""A program of its own in an empty folder: Ray puts a driver's folder on its workers' path."""
 
 RAY_ENVIRONMENT = {
     **QUIET,
@@ -70,8 +69,7 @@ class JobPlan:
         files = {f"package/{name}": content for name, content in code.items()}
         files |= {"token": token.encode(), "keeper.json": json.dumps(self._keeper(index)).encode()}
         if index == 0:
-            module, _, function = self.entry.partition(":")
-            files["bin/drive"] = DRIVE.format(module=module, function=function).encode()
+            files["bin/drive"] = program(self.entry).encode()
             files["driver.json"] = json.dumps(driver).encode()
         return files
 
@@ -119,6 +117,13 @@ class JobPlan:
             f"{node.host}: {shlex.join(['ray', *self.ray_arguments(index)])}" for index, node in enumerate(self.nodes)
         ]
         return "\n".join([*lines, f"{self.nodes[0].host}: the driver"])
+
+
+def program(entry: str) -> str:
+    """What runs `module:function`. A file of its own in a folder with nothing else: Ray puts the folder of a driver's
+    program on its workers' path."""
+    module, _, function = entry.partition(":")
+    return PROGRAM.format(module=module, function=function)
 
 
 def travelling(patterns: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:

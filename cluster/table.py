@@ -16,6 +16,7 @@ CLUSTERS = {
 
 SUBMITTED_CLUSTERS = {
     "ssh": "ssh:Ssh",
+    "slurm": "slurm:Slurm",
     "kubernetes": "kubernetes:Kubernetes",
 }
 """Where the driver runs on a node."""
@@ -30,6 +31,12 @@ def build_cluster(config: ClusterConfig, demand: Demand) -> Cluster:
 def is_submitted(config: ClusterConfig) -> bool:
     """Whether runs are submitted there, and driven on a node."""
     return config.type in SUBMITTED_CLUSTERS
+
+
+def is_run_here(config: ClusterConfig) -> bool:
+    """Whether this machine sees the directories of runs that are submitted there (`SubmittedCluster.run_is_here`)."""
+    here: bool = _find(SUBMITTED_CLUSTERS[config.type]).run_is_here
+    return here
 
 
 def build_submitted(config: ClusterConfig, need: Need) -> SubmittedCluster:

@@ -33,7 +33,7 @@ HEARTBEAT_EVERY_S = 15.0
 HEARTBEAT_DEAD_S = 120.0
 """A heartbeat from another host that is older than this belongs to a dead attempt; eight missed beats."""
 
-MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", COMMITS})
+MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", "submissions", COMMITS})
 """One of these makes a folder a run of ours."""
 
 CHECK_REPORT = "check.html"

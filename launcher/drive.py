@@ -4,19 +4,23 @@ there already. `python .../drive driver.json ADDRESS`."""
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
-from ..cluster.base import Demand
+from ..cluster.base import LEFT, LEFT_EARLY, Demand
 from ..cluster.joined import Joined
 from ..distributed import storage
 from ..distributed.again import Flags
+from ..distributed.checkpoint.commit import latest_resumable
 from ..distributed.run_directory import RunDirectory
+from ..recipes.errors import Interrupted
 from . import submissions
 from .cli import guarded
 from .cli_recipe import remember
@@ -34,9 +38,9 @@ def main() -> int:
     """Drive; returns the exit code of the run, as the command line would."""
     file, address = Path(sys.argv[1]), sys.argv[2]
     driven = Driven(file.with_name(LOG), json.loads(file.read_text()))
-    code = guarded(lambda: driven.run(address))
-    driven.close(code)
-    return code
+    signal.signal(signal.SIGUSR1, driven.leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # whoever started this may have held it back
+    return driven.close(guarded(lambda: driven.run(address)))
 
 
 @dataclass
@@ -48,6 +52,15 @@ class Driven:
     _run: RunDirectory | None = None
     _name: str = ""
     _copy: LogCopy | None = None
+    _leaves: bool = False
+    _step: int = -1
+    """That of the newest checkpoint when this driver began; -1: there was none."""
+
+    def leave(self, _number: int, _frame: FrameType | None) -> None:
+        """The nodes are wanted back: save and end, to go on later."""
+        if not self._leaves:
+            self._leaves = True
+            signal.raise_signal(signal.SIGINT)
 
     def run(self, address: str) -> int:
         """Decide and train, as `start` does."""
@@ -65,10 +78,20 @@ class Driven:
     def _begin(self, run: RunDirectory) -> None:
         """The run will train, so its directory is to know where."""
         self._run, self._name = run, submissions.register(run, self.job["record"])
+        self._step = _newest_step(run)
         self._copy = LogCopy(submissions.log_url(run, self._name), self.log)
 
-    def close(self, code: int) -> None:
-        """Write down how it ended."""
-        if self._copy and self._run:
+    def close(self, code: int) -> int:
+        """Write down how it ended, unless it goes on; the exit code."""
+        if self._copy:
             self._copy.close()
+        if self._leaves and code == Interrupted.exit_code:
+            return LEFT if self._run and _newest_step(self._run) > self._step else LEFT_EARLY
+        if self._run:
             submissions.finish(self._run, self._name, code)
+        return code
+
+
+def _newest_step(run: RunDirectory) -> int:
+    newest = latest_resumable(run.url, lambda _line: None)
+    return newest.step if newest else -1

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ..cluster.base import Need
 from ..cluster.table import build_submitted, is_submitted
 from ..distributed import storage
 from ..distributed.data.index import Index
@@ -29,6 +28,7 @@ from .plan_model import (
 )
 from .plan_strategy import StrategyPlan, plan_strategy
 from .plan_world import BatchPlan, WorldPlan, plan_batch, plan_world, world_problems, world_warnings
+from .submit import need_of
 from .unknown import Unknown, then
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
 def _launch(recipe: Recipe) -> tuple[str, ...]:
     if not is_submitted(recipe.cluster):
         return ()
-    return tuple(build_submitted(recipe.cluster, Need(folder=".", name=recipe.name)).render().splitlines())
+    return tuple(build_submitted(recipe.cluster, need_of(recipe, {})).render().splitlines())
 
 
 def _duration(

@@ -41,3 +41,12 @@ def _runs_there(text: str, runs: Path) -> str:
         return f" under ./{DEFAULT_RUNS}; did you mean {' or '.join(near)}?"
     there = f"there are {', '.join(names[:5])}" if names else "it holds none"
     return f" under ./{DEFAULT_RUNS}; {there}. Give a name under it, a path, or a URL."
+
+
+def short_name(url: str) -> str:
+    """What the user may call a run: its bare name if it lies under ./runs, otherwise its URL."""
+    if storage.is_local(url):
+        path = storage.local_path(url).absolute()
+        if path.parent == Path.cwd() / DEFAULT_RUNS:
+            return path.name
+    return url

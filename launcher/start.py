@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
 from ..cluster.table import is_submitted
-from ..distributed import storage
-from ..distributed.again import Decision, Flags, decide, gather
-from ..distributed.checkpoint.commit import latest
+from ..distributed.again import Flags
 from ..distributed.checkpoint.layout import open_folder
 from ..distributed.indexing import accept_changed_data, index_data
 from ..distributed.model_files import find_model, is_hub_id
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
-from ..recipes.load import LoadedRecipe, as_stored
+from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema_cluster import RayCluster
 from .hardware import Machine, this_machine
-from .history import read_record, write_report
+from .history import write_report
 from .plan_world import WorldPlan, plan_world, world_problems, world_warnings
-from .runs import DEFAULT_RUNS, fresh_name
-from .summary import show_summary, summarise
+from .say import say
+from .settle import announce, renamed, run_of, settle
+from .sum_up import sum_up
 from .unknown import Unknown
 from .view import make_view
 
@@ -65,12 +61,10 @@ def run_on(
     begun: Callable[[RunDirectory], None] = lambda _run: None,
 ) -> int:
     """Decide, and train on the nodes that `find` finds; `begun` is told of a run that will train."""
-    loaded = _renamed(loaded) if flags.fresh else loaded
-    run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
-    decision = decide(gather(run, lambda line: _say(console, line, "yellow")), as_stored(loaded), flags)
-    if decision.action in ("stop", "alive"):
-        raise UserError(decision.message)
-    _announce(console, decision)
+    loaded = renamed(loaded) if flags.fresh else loaded
+    run = run_of(loaded)
+    decision = settle(run, loaded, flags, console)
+    announce(console, decision)
     if not decision.trains:
         sum_up(run, console)
         return 0
@@ -80,7 +74,7 @@ def run_on(
         accept_changed_data(run)
     if not isinstance(loaded.recipe.cluster, RayCluster):  # whose nodes may see files that this machine does not
         for note in _preflight(loaded, run):
-            _say(console, f"warning: {note}", "yellow")
+            say(console, f"warning: {note}", "yellow")
     return _train(loaded, run, find, console)
 
 
@@ -107,18 +101,12 @@ def _train(loaded: LoadedRecipe, run: RunDirectory, find: Callable[[], Nodes], c
     if ending.message:
         failed = ending.outcome == "failed"
         message = redact(ending.message, loaded.secrets)
-        _say(console, f"error: {message}" if failed else message, "bold red" if failed else "")
+        say(console, f"error: {message}" if failed else message, "bold red" if failed else "")
     if ending.exit_code == 0:
         sum_up(run, console)
     else:
-        _say(console, f"what happened so far: {write_report(run, ending.outcome)}", "")
+        say(console, f"what happened so far: {write_report(run, ending.outcome)}", "")
     return ending.exit_code
-
-
-def _renamed(loaded: LoadedRecipe) -> LoadedRecipe:
-    taken = set(storage.list_names(loaded.recipe.checkpoint.path))
-    name = fresh_name(loaded.recipe.name, taken)
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"name": name}))
 
 
 def _look_at(console: Console, loaded: LoadedRecipe, world: WorldPlan | Unknown, machine: Machine) -> None:
@@ -128,31 +116,4 @@ def _look_at(console: Console, loaded: LoadedRecipe, world: WorldPlan | Unknown,
         raise UserError("\n".join(problems))
     warnings = [] if isinstance(world, Unknown) else world_warnings(cluster, world, machine)
     for warning in [*loaded.warnings, *warnings]:
-        _say(console, f"warning: {warning}", "yellow")
-
-
-def _announce(console: Console, decision: Decision) -> None:
-    _say(console, decision.message, "bold")
-    for change in decision.changes:
-        _say(console, f"  changed: {change}", "")
-
-
-def _say(console: Console, line: str, style: str) -> None:
-    console.print(Text(line, style=style), soft_wrap=True, highlight=False)
-
-
-def sum_up(run: RunDirectory, console: Console) -> None:
-    """Write report.html and print the summary of a run that has ended."""
-    report = write_report(run, run.status())
-    commit = latest(run.url, lambda line: _say(console, line, "yellow"))
-    checkpoint = storage.join(run.url, commit.directory) if commit else ""
-    show_summary(summarise(read_record(run), run=short_name(run.url), checkpoint=checkpoint, report=report), console)
-
-
-def short_name(url: str) -> str:
-    """What the user may call a run: its bare name if it lies under ./runs, otherwise its URL."""
-    if storage.is_local(url):
-        path = storage.local_path(url).absolute()
-        if path.parent == Path.cwd() / DEFAULT_RUNS:
-            return path.name
-    return url
+        say(console, f"warning: {warning}", "yellow")

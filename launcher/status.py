@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..cluster.table import find_submitted
 from ..distributed.checkpoint.commit import list_commits
 from ..distributed.run_directory import RunDirectory
+from ..recipes.errors import FtlaunchError
 from .goodput.bar import SMALL_S, ledger_line
 from .history import History, read_history
 from .overview.standing import Standing, Tried, standing_of
@@ -33,7 +35,7 @@ def status_lines(run: RunDirectory) -> list[str]:
     lines = [f"{run.url}: {_state(standing)}"]
     lines += standing.message.splitlines()
     if submission:
-        lines.append(f"submitted as job {submission.record['job']}, driven on {submission.record['driver']}")
+        lines.append(f"submitted as job {submission.record['job']}, {_where(submission)}")
     if record.steps:
         lines.append(step_line(record.steps[-1], None))
     if record.evaluations:
@@ -44,6 +46,16 @@ def status_lines(run: RunDirectory) -> list[str]:
     steps = ", ".join(str(commit.step) for commit in commits) or "none"
     lines += [f"checkpoints: {steps}", *problems, *_attempt_lines(standing)]
     return [*lines, *([ledger_line(history.ledger)] if history.ledger.total_s >= SMALL_S else [])]
+
+
+def _where(submission: Submission) -> str:
+    """Where a submission is driven; what its cluster says of it before it has begun."""
+    if submission.record["driver"]:
+        return f"driven on {submission.record['driver']}"
+    try:
+        return find_submitted(submission.record).standing() or "which is over"
+    except FtlaunchError as error:
+        return f"which cannot be asked: {error}"
 
 
 def _state(standing: Standing) -> str:

@@ -1,6 +1,7 @@
 """What a run directory knows of the times the run was submitted to a cluster.
 
-submissions/NNN-JOB.json       where it was submitted (`cluster.base.Record`), written by the driver
+submissions/NNN-JOB.json       where it was submitted (`cluster.base.Record`), written by the driver, and before it has
+                               begun where the directory is seen from where it was submitted
 submissions/NNN-JOB.log        what the driver printed, some seconds late
 submissions/NNN-JOB.end.json   its exit code
 """
@@ -31,10 +32,32 @@ class Submission:
 
 
 def register(run: RunDirectory, record: Record) -> str:
-    """Keep a record, as its driver has begun; returns the submission's name."""
-    name = f"{len(_records(run)) + 1:03d}-{record['job']}"
+    """Keep a record, as its driver has begun; returns the submission's name. A driver that was started again belongs to
+    the same one."""
+    known = _known(run, record)
     begun = {**record, "began_at": time.time()}
-    storage.write_bytes(run.path(FOLDER, f"{name}.json"), json.dumps(begun, indent=2).encode() + b"\n")
+    if known is not None and "began_at" in (before := _read(run, f"{known}.json")):
+        begun["began_at"] = before["began_at"]
+    return _keep(run, known or _new_name(run, record), begun)
+
+
+def expect(run: RunDirectory, record: Record) -> None:
+    """Keep a record of what was submitted, and whose driver may have to wait for its nodes."""
+    if _known(run, record) is None:
+        _keep(run, _new_name(run, record), record)
+
+
+def _known(run: RunDirectory, record: Record) -> str | None:
+    names = [name for name in _records(run) if name.partition("-")[2] == str(record["job"])]
+    return names[-1] if names else None
+
+
+def _new_name(run: RunDirectory, record: Record) -> str:
+    return f"{len(_records(run)) + 1:03d}-{record['job']}"
+
+
+def _keep(run: RunDirectory, name: str, record: Record) -> str:
+    storage.write_bytes(run.path(FOLDER, f"{name}.json"), json.dumps(record, indent=2).encode() + b"\n")
     return name
 
 
@@ -87,6 +110,11 @@ def read_log(run: RunDirectory, name: str) -> bytes:
     """What the driver has printed; empty before the first copy."""
     url = log_url(run, name)
     return storage.read_bytes(url) if storage.exists(url) else b""
+
+
+def write_log(run: RunDirectory, name: str, text: bytes) -> None:
+    """What was printed where no driver came to copy it."""
+    storage.write_bytes(run.path(FOLDER, f"{name}.log"), text)
 
 
 def _read(run: RunDirectory, name: str) -> dict[str, Any]:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from ..cluster.base import Demand, Driver, Need, SubmittedCluster
-from ..cluster.table import build_submitted, find_submitted
+from ..cluster.table import build_submitted, find_submitted, is_run_here
 from ..distributed import storage
 from ..distributed.again import Flags
 from ..distributed.model_files import is_hub_id
 from ..distributed.run_directory import RunDirectory
-from ..recipes.errors import UserError
+from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema import Recipe
 from . import submissions
 from .doctor.preflight import has_spares, with_fit_hosts
 from .handover import pack
 from .package import write_package
+from .say import say
+from .settle import announce, renamed, run_of, settle
 
 ENTRY = "ftlaunch.launcher.drive:main"
 PATTERN = frozenset("*?[")
@@ -33,16 +34,29 @@ PATTERN = frozenset("*?[")
 def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], console: Console, *, detach: bool) -> int:
     """Start the run on its cluster; returns its exit code, or 0 at once with `detach`. Raises UserError and
     InfrastructureError."""
-    _say(console, f"looking at the {loaded.recipe.cluster.type} cluster …")
+    if is_run_here(loaded.recipe.cluster):
+        loaded = renamed(loaded) if flags.fresh else loaded
+        decision = settle(run_of(loaded), loaded, flags, console)
+        if not decision.trains:
+            from .sum_up import sum_up
+
+            announce(console, decision)
+            sum_up(run_of(loaded), console)
+            return 0
+        refuse_twice(run_of(loaded))
+        run_of(loaded).check()
+        flags = replace(flags, fresh=False)  # its name is chosen now
+    say(console, f"looking at the {loaded.recipe.cluster.type} cluster …")
     loaded, cluster = _fit(loaded, environ, console)
     try:
-        _say(console, "starting Ray on it …")
+        say(console, "starting the run there …")
         with tempfile.TemporaryDirectory(prefix="ftlaunch-code-") as folder:
             record = cluster.up(Driver(ENTRY, job_of(loaded, flags)), lambda: write_package(Path(folder)))
-        run = storage.join(_absolute(loaded.recipe.checkpoint.path), loaded.recipe.name)
-        _say(console, f"submitted as job {record['job']}: it goes on without this command", "bold")
-        _say(console, f"  ftlaunch logs -f {run}\n  ftlaunch stop {run}")
-        return 0 if detach else follow(cluster, console)
+        run = RunDirectory(storage.join(_absolute(loaded.recipe.checkpoint.path), loaded.recipe.name))
+        if is_run_here(loaded.recipe.cluster):
+            submissions.expect(run, record)
+        _say_submitted(console, run.url, record["job"], cluster.standing() or "has begun")
+        return 0 if detach else follow(cluster, run, console)
     finally:
         cluster.down()
 
@@ -52,7 +66,7 @@ def _fit(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> 
     where nothing could stand in, all that is wrong is told first."""
     cluster = None if has_spares(loaded) else _checked(loaded, environ)
     try:
-        fit = with_fit_hosts(loaded, environ, lambda line: _say(console, f"warning: {line}", "yellow"))
+        fit = with_fit_hosts(loaded, environ, lambda line: say(console, f"warning: {line}", "yellow"))
     except BaseException:
         if cluster is not None:
             cluster.down()
@@ -72,6 +86,28 @@ def _checked(loaded: LoadedRecipe, environ: Mapping[str, str]) -> SubmittedClust
     return cluster
 
 
+def _say_submitted(console: Console, run: str, job: str, standing: str) -> None:
+    say(console, f"submitted as job {job}: it goes on without this command", "bold")
+    say(console, f"  it {standing}\n  run: {run}\n  ftlaunch logs -f {run}\n  ftlaunch stop {run}")
+
+
+def refuse_twice(run: RunDirectory) -> None:
+    """Raises UserError for a run that waits for its nodes, or has just got them."""
+    submission = submissions.latest(run)
+    if submission is None or submission.exit_code is not None:
+        return
+    try:
+        standing = find_submitted(submission.record).standing()
+    except InfrastructureError:
+        return  # where that cluster is gone, only the run directory counts
+    if standing is not None:
+        job = submission.record["job"]
+        raise UserError(
+            f"run {run.url} is submitted already: job {job} {standing}. Follow it (ftlaunch attach {run.url}), end it "
+            f"(ftlaunch stop {run.url}), or begin another run with --fresh."
+        )
+
+
 def job_of(loaded: LoadedRecipe, flags: Flags) -> Any:
     """What the driver is told, once the demand is known."""
 
@@ -87,24 +123,41 @@ def job_of(loaded: LoadedRecipe, flags: Flags) -> Any:
     return job
 
 
-def follow(cluster: SubmittedCluster, console: Console) -> int:
+def follow(cluster: SubmittedCluster, run: RunDirectory, console: Console) -> int:
     """Show what the driver prints, to its end or to Ctrl-C, which only lets go; the exit code."""
+    shown: list[bytes] = []
+
+    def show(text: bytes) -> None:
+        shown.append(text)
+        _show(text)
+
     try:
-        code = cluster.follow(_show)
+        code = cluster.follow(show)
         cluster.stop("now")  # the driver has ended: wait until its nodes are clean
+        _write_down(run, code, shown)
+    except FtlaunchError as error:
+        if cluster.standing() is None:
+            _write_down(run, error.exit_code, shown)
+        raise
     except KeyboardInterrupt:
-        _say(console, "let go: the run goes on; `ftlaunch attach RUN` follows it again, `ftlaunch stop RUN` ends it")
+        say(console, "let go: the run goes on; `ftlaunch attach RUN` follows it again, `ftlaunch stop RUN` ends it")
         return 0
     return code
+
+
+def _write_down(run: RunDirectory, code: int, shown: Sequence[bytes] = ()) -> None:
+    """How a submission ended whose driver could not say so, or never began; then what it printed too."""
+    submission = submissions.latest(run)
+    if submission is None or submission.exit_code is not None:
+        return
+    if shown and not submissions.read_log(run, submission.name):
+        submissions.write_log(run, submission.name, b"".join(shown))
+    submissions.finish(run, submission.name, code)
 
 
 def _show(text: bytes) -> None:
     sys.stdout.write(text.decode(errors="replace"))
     sys.stdout.flush()
-
-
-def _say(console: Console, line: str, style: str = "") -> None:
-    console.print(Text(line, style=style), soft_wrap=True, highlight=False)
 
 
 # --- what the nodes must have -----------------------------------------------------------------------------------------
@@ -160,7 +213,7 @@ def attach(run: RunDirectory) -> int:
         return submission.exit_code
     cluster = find_submitted(submission.record)
     try:
-        return follow(cluster, Console())
+        return follow(cluster, run, Console())
     finally:
         cluster.down()
 
@@ -170,9 +223,10 @@ def stop(run: RunDirectory, *, now: bool) -> int:
     submission, console = submissions.newest(run), Console()
     cluster = find_submitted(submission.record)
     try:
-        _say(console, "ending it …" if now else "asking it to save and end …")
+        say(console, "ending it …" if now else "asking it to save and end …")
         cluster.stop("now" if now else "save")
     finally:
         cluster.down()
-    _say(console, f"job {submission.record['job']} is over, and nothing of it is left on its nodes")
+    _write_down(run, Interrupted.exit_code)
+    say(console, f"job {submission.record['job']} is over, and nothing of it is left on its nodes")
     return 0

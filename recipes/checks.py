@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from . import deepspeed_config
 from .checks_kubernetes import kubernetes_keys, kubernetes_queues, kubernetes_volumes
+from .checks_slurm import options_of_slurm
 from .credentials import no_credentials_in_options, no_credentials_in_urls
 from .formats import READ_BY
 from .naming import best_metric, eval_names, source_names
@@ -293,6 +294,7 @@ def hosts_in_one_place(recipe: Recipe) -> Iterator[Problem]:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check(options_of_slurm, ("cluster",)),
     Check(hosts_in_one_place, ("cluster",)),
     Check(kubernetes_volumes, ("cluster",)),
     Check(kubernetes_keys, ("cluster",)),

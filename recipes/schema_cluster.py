@@ -12,6 +12,11 @@ from .section import NonNegativeInt, PositiveInt, Section, VariablePattern
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:%-]*$", max_length=253)]
 UserName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")]
 ProgramPath = Annotated[str, Field(pattern=r"^[^\x00-\x1f-][^\x00-\x1f]*$")]
+OneLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=4096)]
+SlurmTime = Annotated[str, Field(pattern=r"^(\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2})$")]
+SlurmMemory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
+SlurmOption = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?$", max_length=4096)]
+MailType = Literal["BEGIN", "END", "FAIL", "REQUEUE", "ALL", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"]
 
 
 class LocalCluster(Section):
@@ -79,4 +84,79 @@ class SshCluster(Section):
     beyond `nodes`, where there are any."""
 
 
-ClusterConfig = Annotated[LocalCluster | RayCluster | SshCluster | KubernetesCluster, Field(discriminator="type")]
+class SlurmContainer(Section):
+    """A container that everything on the nodes runs in; the batch script itself does not."""
+
+    runtime: Literal["pyxis", "apptainer"]
+    """`pyxis`: srun's --container-image, where the site has the plugin; `apptainer`: the program of that name."""
+    image: OneLine
+    """As the runtime takes it: a registry's name, a .sqsh or a .sif file."""
+    mounts: tuple[OneLine, ...] = ()
+    """PATH or FROM:TO, besides the folder of the runs and the one where `ftlaunch` is called."""
+
+
+class SlurmCluster(Section):
+    """Nodes that Slurm gives: one job, submitted by sbatch, in which Ray is started on every node. At its time limit,
+    or when its nodes are taken away, it saves, goes back into the queue, and on from there. Inside an allocation
+    (salloc) it takes that one's nodes."""
+
+    type: Literal["slurm"] = "slurm"
+    nodes: PositiveInt = 1
+    """Nodes to ask for; inside an allocation, how many of its nodes to use."""
+    gpus_per_node: NonNegativeInt | None = None
+    """GPUs per node, one rank each, asked for by --gpus-per-node unless gres is given; None: none are asked for, and
+    what each node then shows is used."""
+    processes_per_node: PositiveInt | None = None
+    """Ranks per node where there are no GPUs; None: 1."""
+    partition: OneLine | None = None
+    """Partition, or several with commas; None: the site's default, as for the options that follow."""
+    account: OneLine | None = None
+    """Whom the time is charged to."""
+    qos: OneLine | None = None
+    """Quality of service."""
+    constraint: OneLine | None = None
+    """Features that nodes must have: a100&ib."""
+    reservation: OneLine | None = None
+    """Name of a reservation."""
+    gres: OneLine | None = None
+    """Generic resources of a node, in place of the count of GPUs: gpu:a100:8."""
+    time: SlurmTime | None = None
+    """Time limit of the job: minutes, H:MM:SS or D-HH:MM. A run may take many times as long."""
+    cpus_per_node: PositiveInt | None = None
+    """Cores of each node. Sites that give one core where nothing is said are common."""
+    memory: SlurmMemory | None = None
+    """Memory of each node: 500G; 0: all of it."""
+    exclusive: bool = False
+    """No other job on the nodes, and all of their cores."""
+    mail_user: OneLine | None = None
+    """Who gets Slurm's mail."""
+    mail_types: tuple[MailType, ...] = ()
+    """About what."""
+    options: tuple[SlurmOption, ...] = ()
+    """More options of sbatch, as they are: ["--nice=100", "--exclude=node7"]."""
+    modules: tuple[OneLine, ...] = ()
+    """Environment modules, loaded one by one on the first node, whose variables go to all."""
+    setup: tuple[OneLine, ...] = ()
+    """Lines of bash, run after that; one that fails ends the job."""
+    container: SlurmContainer | None = None
+    """What to run in; None: the nodes as they are."""
+    python: ProgramPath | None = None
+    """Python on the nodes, with ftlaunch's dependencies installed; None: the path of the one that runs this command,
+    and python3 in a container. ftlaunch's own code is sent along."""
+    env: tuple[VariablePattern, ...] = ()
+    """Variables that the ranks get from here: [HF_TOKEN, AWS_*]. They travel in a file of mode 600; no others do."""
+    requeue: bool = True
+    """Go back into the queue at the time limit, at preemption, and when a machine fails; false: save and end."""
+    leave_before_s: Annotated[int, Field(ge=1, le=65535)] = 300
+    """Seconds before the time limit at which the run saves and leaves. Longer than its longest step and save together;
+    Slurm may be a minute early."""
+    queue_timeout_s: PositiveInt | None = None
+    """Seconds in the queue after which a job that has not begun is taken out of it, while somebody follows it; None: it
+    may wait as long as it likes."""
+    allocation: Literal["auto", "new"] = "auto"
+    """`auto`: inside an allocation, use it; `new`: submit a job of its own from there too."""
+
+
+ClusterConfig = Annotated[
+    LocalCluster | RayCluster | SshCluster | SlurmCluster | KubernetesCluster, Field(discriminator="type")
+]

@@ -16,6 +16,8 @@ ALLOWED = {
     "cluster/host_probe.py": "what it starts has its own environment, and variables of the run",
     "cluster/host_keeper.py": "what it starts has its own environment, and the job's",
     "cluster/pod_agent.py": "a pod's end: KubeRay says in variables how Ray is started; what it starts has the pod's",
+    "cluster/slurm_look.py": "a node's end of Slurm, which says in variables only which node it is",
+    "cluster/slurm_keep.py": "the same; what it starts has the job's own environment",
     "recipes/load.py": "resolves ${VAR} in a recipe",
 }
 NAMES = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from slurm_site import Site, slurm_site
 from ssh_hosts import Hosts, ssh_hosts
 
 
@@ -13,3 +14,10 @@ def hosts() -> Iterator[Hosts]:
     """alpha, beta and gamma."""
     with ssh_hosts("alpha", "beta", "gamma") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Site]:
+    """Nodes n1, n2 and n3."""
+    with slurm_site("n1", "n2", "n3") as site:
+        yield site

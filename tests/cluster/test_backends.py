@@ -18,6 +18,7 @@ import psutil
 import pytest
 from kube_operator import kubernetes_on
 from processes import BIN, Command, ftlaunch, run
+from slurm_site import Site
 from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
 from training import read_run, train
@@ -70,10 +71,20 @@ def kubernetes(request: pytest.FixtureRequest) -> Iterator[Section]:
         assert left == []
 
 
+@contextmanager
+def slurm(request: pytest.FixtureRequest) -> Iterator[Section]:
+    """Three nodes by sbatch, one rank on each."""
+    site: Site = request.getfixturevalue("slurm")
+    yield site.cluster(env=["OMP_NUM_THREADS", "HF_HUB_*"]), site.environ
+    assert site.jobs() == []
+    assert site.left() == {}
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Section]]] = {
     "local": local,
     "ray": ray,
     "ssh": ssh,
+    "slurm": slurm,
     "kubernetes": kubernetes,
 }
 

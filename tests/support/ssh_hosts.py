@@ -6,6 +6,7 @@ util-linux and openssh-server.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,9 @@ import psutil
 import pytest
 
 SSHD = "/usr/sbin/sshd"
+_groups = itertools.count()
+"""Of this process: each has a switch and a subnet of its own."""
+
 NEEDED = ("ip", "unshare", "ssh", "ssh-keygen", SSHD)
 WAIT_S = 60.0
 
@@ -203,9 +207,10 @@ def ssh_hosts(*names: str, extra: dict[str, str] | None = None) -> Iterator[Host
         pytest.skip(f"hosts with sshd need {', '.join(missing)} (Debian: openssh-server iproute2 util-linux)")
     if os.geteuid() != 0:
         pytest.skip("hosts with sshd are namespaces, which only root makes")
-    switch = f"ft{os.getpid()}"
+    group, pid = next(_groups), os.getpid()
+    switch = f"ft{pid}{'abcdefgh'[group]}"
     folder = Path(tempfile.mkdtemp(prefix="fth"))
-    hosts = Hosts(folder, switch, f"10.{128 + (os.getpid() >> 8) % 120}.{os.getpid() % 256}")
+    hosts = Hosts(folder, switch, f"10.{128 + (31 * group + (pid >> 8)) % 120}.{pid % 256}")
     Path("/run/sshd").mkdir(exist_ok=True)
     hosts.scratch.mkdir()
     try:

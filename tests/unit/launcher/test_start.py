@@ -11,7 +11,7 @@ import pytest
 from ftlaunch.cluster import existing
 from ftlaunch.cluster.existing import Offer
 from ftlaunch.distributed.run_directory import RunDirectory
-from ftlaunch.launcher import cli, start, supervisor
+from ftlaunch.launcher import cli, runs, start, supervisor
 from ftlaunch.launcher.control import Ending
 from ftlaunch.launcher.hardware import Machine
 from ftlaunch.recipes.load import LoadedRecipe
@@ -170,10 +170,10 @@ def test_a_place_that_cannot_be_written_is_found_first(capsys, place, ranks):
 
 
 def test_runs_elsewhere_are_called_by_their_url(place):
-    assert start.short_name("./runs/bot") == "bot"
-    assert start.short_name(f"{place}/runs/bot") == "bot"
-    assert start.short_name("elsewhere/bot") == "elsewhere/bot"
-    assert start.short_name("s3://acme/runs/bot") == "s3://acme/runs/bot"
+    assert runs.short_name("./runs/bot") == "bot"
+    assert runs.short_name(f"{place}/runs/bot") == "bot"
+    assert runs.short_name("elsewhere/bot") == "elsewhere/bot"
+    assert runs.short_name("s3://acme/runs/bot") == "s3://acme/runs/bot"
 
 
 @pytest.mark.parametrize("key", ["data.train.0.path", "data.eval.0.path"])

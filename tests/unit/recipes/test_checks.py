@@ -353,6 +353,18 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"cluster": {"type": "ray"}},
         ),
     ],
+    "options_of_slurm": [
+        (
+            {"cluster": {"type": "slurm", "options": ["--nice=1", "--time=5"]}},
+            "cluster.options.1",
+            {"cluster": {"type": "slurm", "options": ["--nice=1"], "time": "5"}},
+        ),
+        (
+            {"cluster": {"type": "slurm", "options": ["--wrap=id"]}},
+            "cluster.options.0",
+            {"cluster": {"type": "slurm", "options": ["--exclude=node[7-9]"]}},
+        ),
+    ],
     "no_credentials_in_urls": [
         ({"model": {"path": "https://u:p@host/m"}}, "model.path", {"model": {"path": "https://host/m"}}),
         (
