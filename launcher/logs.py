@@ -10,6 +10,7 @@ from ..distributed import storage
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from . import submissions
+from .job_state import IsOver
 from .log_copy import COPY_LOCAL_S
 from .rank_log import FOLDER, rank_log_url
 
@@ -21,7 +22,7 @@ def show_logs(run: RunDirectory, rank: int | None, *, follow_it: bool) -> int:
         rank = 0  # it was driven from a terminal, which has shown the rest
     if rank is None:
         name = submissions.newest(run).name
-        _show(submissions.log_url(run, name), lambda: submissions.newest(run).exit_code is not None, follow_it)
+        _show(submissions.log_url(run, name), IsOver(run), follow_it)
     else:
         _show(_rank_log(run, rank), lambda: run.live_attempt() is None, follow_it)
     return 0

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cluster.table import find_submitted
 from ..distributed.checkpoint.commit import list_commits
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import FtlaunchError
 from .goodput.bar import SMALL_S, ledger_line
 from .history import History, read_history
+from .job_state import ask
 from .overview.standing import Standing, Tried, standing_of
 from .runs import find_run
 from .submissions import Submission, latest
@@ -53,7 +53,7 @@ def _where(submission: Submission) -> str:
     if submission.record["driver"]:
         return f"driven on {submission.record['driver']}"
     try:
-        return find_submitted(submission.record).standing() or "which is over"
+        return ask(submission) or "which is over"
     except FtlaunchError as error:
         return f"which cannot be asked: {error}"
 

@@ -23,6 +23,7 @@ from ..recipes.schema import Recipe
 from . import submissions
 from .doctor.preflight import has_spares, with_fit_hosts
 from .handover import pack
+from .job_state import ask
 from .package import write_package
 from .say import say
 from .settle import announce, renamed, run_of, settle
@@ -97,7 +98,7 @@ def refuse_twice(run: RunDirectory) -> None:
     if submission is None or submission.exit_code is not None:
         return
     try:
-        standing = find_submitted(submission.record).standing()
+        standing = ask(submission)
     except InfrastructureError:
         return  # where that cluster is gone, only the run directory counts
     if standing is not None:

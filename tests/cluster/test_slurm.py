@@ -244,12 +244,22 @@ def test_a_detached_run_is_stopped_saves_and_goes_on(slurm, work):
     assert slurm.left() == {}
 
 
-def test_scancel_is_an_end(slurm, work):
-    """Slurm's own command, by somebody: the run saves within KillWait, and is not started again."""
+def test_two_jobs_on_the_same_nodes_end_each_by_itself(slurm, work):
+    """One at once, by `stop --now`; one by Slurm's own command: it saves within KillWait, and is not started again."""
     directory = prepare(work, "gone", slurm.cluster(nodes=RANKS, env=ENV), 4000)
+    beside = prepare(work, "beside", slurm.cluster(nodes=RANKS, env=ENV), 4000)
+    code, said = run(ftlaunch("beside.yaml", "--detach"), work, slurm.environ)
+    assert code == 0, said
     following = Command(ftlaunch("gone.yaml"), work, slurm.environ)
-    wait_until(lambda: reached(directory, 3), following.text)
+    wait_until(lambda: reached(directory, 3) and reached(beside, 3), following.text)
+    code, said = run(ftlaunch("stop", "--now", "beside"), work, slurm.environ)
+    assert code == 0, said
+    assert slurm.state(record(beside)["job"]) == "CANCELLED"
+    assert not (beside / "attempts/a1.end.json").exists()
     job = record(directory)["job"]
+    assert slurm.jobs() == [job]
+    step = read_run(directory).steps[-1]["step"]
+    wait_until(lambda: reached(directory, step + 3), following.text)  # undisturbed
     slurm.run("scancel", job)
     assert following.wait() == 130, following.text
     assert f"job {job} was cancelled" in following.text

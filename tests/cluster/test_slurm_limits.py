@@ -21,7 +21,7 @@ from training import read_run, train
 RANKS = 2
 MINUTES = 2
 LEAVE_S = 45
-STEPS = 700
+STEPS = 450
 STEP_S = 0.25
 
 

@@ -9,12 +9,12 @@ import pytest
 from tiny import recipe_for, write_recipe
 
 from ftlaunch.distributed.run_directory import RunDirectory
-from ftlaunch.launcher import cli, submissions
+from ftlaunch.launcher import cli, job_state, submissions
 from ftlaunch.launcher.handover import pack, unpack
 from ftlaunch.launcher.log_copy import LogCopy
 from ftlaunch.launcher.plan import default_keys
 from ftlaunch.launcher.submit import need_of
-from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.load import load_recipe
 
 
@@ -41,6 +41,27 @@ def test_what_nodes_must_have(tmp_path, monkeypatch):
     assert need.paths["model.path"] == str(tmp_path / "model")
     elsewhere = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": "s3://a/runs"})})
     assert need_of(elsewhere, {}).shared is None
+
+
+def test_a_job_that_ended_without_a_word_is_over(tmp_path, monkeypatch):
+    run, now_s, stands = RunDirectory(str(tmp_path / "bot")), [0.0], ["waits"]
+    submissions.expect(run, {"job": "7", "cluster": {"type": "slurm"}})
+
+    def ask(submission: submissions.Submission) -> str | None:
+        assert submission.record["job"] == "7"
+        if not stands:
+            raise InfrastructureError("no answer")
+        return stands[0] or None
+
+    monkeypatch.setattr(job_state, "ask", ask)
+    is_over = job_state.IsOver(run, lambda: now_s[0])
+    for standing, over in ((["waits"], False), ([], False), ([""], True)):
+        stands[:] = standing
+        assert not is_over()  # nobody is asked too often
+        now_s[0] += job_state.ASK_S
+        assert is_over() is over
+    submissions.finish(run, submissions.register(run, {"job": "7", "cluster": {"type": "slurm"}}), 0)
+    assert is_over()
 
 
 def test_submissions_of_a_run(tmp_path, capsys, monkeypatch):
