@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not among its exported names
 
 from .checkpoint.peers import Peers
 from .world import World
@@ -117,26 +118,26 @@ def start(world: World, rendezvous: str) -> Group:
     return Group(world, Peers(world.rank, world.size, control))
 
 
-def _store(world: World, rendezvous: str) -> dist.TCPStore:
+def _store(world: World, rendezvous: str) -> TCPStore:
     """Where ranks find each other. torch's own listens on every interface and asks nobody for anything; this one
     listens at the address that it is reached by."""
     place = urlsplit(rendezvous)
     assert place.hostname is not None and place.port is not None, rendezvous
-    listens: dict[str, int] = {}
+    listens = None
     if world.is_main:
         listener = socket.socket(socket.AF_INET6 if ":" in place.hostname else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((place.hostname, place.port))
         listener.listen(LISTEN_BACKLOG)
-        listens["master_listen_fd"] = listener.detach()
-    return dist.TCPStore(
+        listens = listener.detach()
+    return TCPStore(
         place.hostname,
         place.port,
         world.size,
         is_master=world.is_main,
         timeout=TRAINING_TIMEOUT,
         wait_for_workers=False,
-        **listens,
+        master_listen_fd=listens,
     )
 
 
