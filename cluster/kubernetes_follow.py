@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..recipes.errors import InfrastructureError, UserError
+from ..recipes.errors import InfrastructureError, Interrupted, UserError
 from . import kubernetes_causes, kubernetes_look
+from .base import LEFT, LEFT_EARLY
 from .kubernetes_api import Api, ApiError, Gone, Object
 from .kubernetes_causes import Cause
 from .kubernetes_checks import rayjobs
@@ -249,14 +250,14 @@ class Follower:
     def _gone(self) -> int:
         if self._code is None:
             raise InfrastructureError(f"RayJob {self.place.name} is not there any more: somebody has deleted it")
-        return self._code
+        return _shown(self._code)
 
     def _over(self, rayjob: Object, pods: Mapping[str, Object]) -> int:
         if self._code is None and self._logs:  # where the log broke off, the end may still be there
             pod, log = list(self._logs.items())[-1]
             log.read(self.api, partial(self._show, pod), follow=False)
         if self._code is not None:
-            return self._code
+            return _shown(self._code)
         why = [kubernetes_causes.failed(rayjob), *(kubernetes_causes.ended(pod) for pod in pods.values())]
         found = [str(cause) for cause in self._causes(rayjob, pods) if cause.text not in why]
         said = "\n".join(filter(None, [*why, *found])) or "its pods are gone, and with them its last words"
@@ -322,3 +323,8 @@ class Follower:
             self._workloads = kubernetes_look.workloads(self.api, rayjob)
         late = kubernetes_look.late_pods(pods.values())
         return kubernetes_causes.causes(rayjob, late, self._events, self._workloads)
+
+
+def _shown(code: int) -> int:
+    """A driver that has left its nodes, in a job that is not started again, was interrupted."""
+    return Interrupted.exit_code if code in (LEFT, LEFT_EARLY) else code

@@ -33,6 +33,13 @@ POLL_S = 0.2
 GONE_S = 5.0
 """Without an answer from the head's Ray while the pods are ending, after which it is taken for gone."""
 
+QUICK_S = 30.0
+MAX_QUICK = 3
+"""A driver that was killed sooner than that after its start, so many times in a row, is not started again."""
+
+STOP_S = 2.0
+"""After a pod is told to end, for the word to come that the whole job is."""
+
 HEAD_S = 5.0
 """Between looks for the head's address."""
 
@@ -63,6 +70,7 @@ class Node:
         self._ray: subprocess.Popen[bytes] | None = None
         self._driver: subprocess.Popen[bytes] | None = None
         self._told = False
+        self._quick, self._started_s = 0, 0.0
         self._shown = 0
         self._head: str | None = None
         """Address of the head's pod; its name is forgotten while it is still saving."""
@@ -107,6 +115,7 @@ class Node:
             )  # fmt: skip
 
     def _start_driver(self) -> subprocess.Popen[bytes]:
+        self._started_s = time.monotonic()
         module, _, function = self._spec["entry"].partition(":")
         (WORK / "bin").mkdir(exist_ok=True)
         (WORK / "bin/drive").write_text(DRIVE.format(module=module, function=function))
@@ -144,16 +153,34 @@ class Node:
                 self._driver = self._start_driver()
             return
         code = self._driver.poll()
-        if code is None and leaving and not self._told:
-            self._told = True
-            self._driver.send_signal(signal.SIGTERM)
-        if code is not None and not (WORK / "exit").exists():
+        if code is None:
+            if leaving and not self._told:
+                self._tell(self._driver)
+        elif not (WORK / "exit").exists():
+            if code < 0 and not leaving and self._may_start_again():
+                self._driver = self._start_driver()
+                return
             self._show_log()
             code = code if code >= 0 else 128 - code  # as shells have it for signals
             if not _ends_line(WORK / "driver.log"):
                 print()
             print(f"{exit_mark(self._spec['job'])}{code}", flush=True)
             _put(WORK / "exit", str(code))
+
+    def _tell(self, driver: subprocess.Popen[bytes]) -> None:
+        """To save and end; where the pod is wanted back and the job is not to end, it goes on elsewhere."""
+        if (WORK / "stop").exists():
+            driver.send_signal(signal.SIGTERM)
+        elif time.time() - (WORK / "leave").stat().st_mtime < STOP_S:
+            return
+        else:
+            driver.send_signal(signal.SIGUSR1)
+        self._told = True
+
+    def _may_start_again(self) -> bool:
+        """A driver that was killed is started again, but not one that is over and over."""
+        self._quick = self._quick + 1 if time.monotonic() - self._started_s < QUICK_S else 0
+        return self._quick < MAX_QUICK
 
     def _ray_ended(self) -> int | None:
         """The driver is left to say what it has to; then the pod ends as Ray did."""
