@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import string
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from processes import Command, ftlaunch, run
 from slurm_site import Site
 from tiny import recipe_for, write_recipe
@@ -152,6 +155,35 @@ def test_nodes_that_do_not_fit_end_the_job_with_a_mistake(slurm, work):
     assert slurm.state(record(directory)["job"]) == "FAILED"
     code, said = run(ftlaunch("attach", "unfit"), work, slurm.environ)
     assert code == 1, said
+
+
+@contextmanager
+def mounted(slurm: Site, name: str, source: Path, target: Path) -> Iterator[None]:
+    """One node sees something else under a name."""
+    slurm.hosts.shell(name, f"mount --bind {source} {target}")
+    try:
+        yield
+    finally:
+        slurm.hosts.shell(name, f"umount {target}")
+
+
+def test_a_node_with_other_versions_or_another_folder(slurm, work):
+    prepare(work, "other", slurm.cluster(nodes=2))
+    metadata = Path(ray.__file__).parents[1] / f"ray-{importlib.metadata.version('ray')}.dist-info" / "METADATA"
+    changed = work / "METADATA"
+    changed.write_text(metadata.read_text().replace(f"\nVersion: {ray.__version__}\n", "\nVersion: 2.59.1\n", 1))
+    with mounted(slurm, "n2", changed, metadata):
+        code, said = run(ftlaunch("other.yaml"), work, slurm.environ)
+    assert code == 1, said
+    assert "node n2: ftlaunch needs ray" in said
+    assert f"nodes differ: ray is {ray.__version__} on n1, 2.59.1 on n2; install the same on all" in said
+    (work / "empty").mkdir()
+    with mounted(slurm, "n2", work / "empty", work / "runs"):
+        code, said = run(ftlaunch("other.yaml"), work, slurm.environ)
+    assert code == 1, said
+    assert "error: node n2: " in said
+    assert "is not there. All nodes must see the folder above it" in said
+    assert slurm.left() == {}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
