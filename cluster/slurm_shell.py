@@ -107,6 +107,11 @@ run_job() {{
   go_on_or_end
 }}
 
+# Slurm may send SIGTERM, to everything that the job runs, before its command has said that all is well.
+requeued() {{
+  (trap '' TERM; exec scontrol requeue "$SLURM_JOB_ID") || [[ $TERMED == yes ]]
+}}
+
 go_on_or_end() {{
   case $CODE in
     0 | 1 | 2 | 130) ended "$CODE" ;;
@@ -119,7 +124,7 @@ go_on_or_end() {{
     trap - EXIT
     exit "$CODE"
   fi
-  if [[ $REQUEUE == yes ]] && scontrol requeue "$SLURM_JOB_ID"; then
+  if [[ $REQUEUE == yes ]] && requeued; then
     echo "the job goes back into the queue, and on from its newest checkpoint"
     trap - EXIT
     exit 0

@@ -164,18 +164,18 @@ def test_what_would_be_submitted_is_shown(tmp_path):
 
 # --- the job's shell --------------------------------------------------------------------------------------------------
 
-FAKES = """
+FAKES = r"""
 srun() {{ while [[ $1 != bash ]]; do shift; done; fake_$7; }}
 fake_look() {{ return {look}; }}
 fake_keep() {{ {keep}; }}
-scontrol() {{ echo "scontrol $*"; return {scontrol}; }}
+scontrol() {{ echo "scontrol $*"; {scontrol}; }}
 """
 
 
-def run_shell(folder: Path, keep: str, *, look: int = 0, scontrol: int = 0, requeue: str = "yes") -> Any:
+def run_shell(folder: Path, keep: str, *, look: int = 0, scontrol: str = "return 0", requeue: str = "yes") -> Any:
     """`job.sh` with steps that are functions. `exec` of a function is not possible, so it is left out."""
     (folder / "token").touch()
-    text = JOB_SH.replace('exec "${STEP[@]}"', '"${STEP[@]}"')
+    text = JOB_SH.replace('exec "${STEP[@]}"', '"${STEP[@]}"').replace("exec scontrol", "scontrol")
     fakes = FAKES.format(look=look, keep=keep, scontrol=scontrol)
     head = f"JOB={shlex.quote(str(folder))}; REQUEUE={requeue}; STEP=(srun); INSIDE=(); PYTHON=python; SLURM_JOB_ID=7\n"
     done = subprocess.run(["bash", "-c", f"{head}{text}{fakes}run_job"], capture_output=True, text=True, check=False)
@@ -212,9 +212,17 @@ def test_a_run_that_was_to_end_is_not_requeued(tmp_path, asked):
 def test_where_nothing_can_be_requeued(tmp_path):
     went_on = f'echo {LEFT} > "$START/code"'
     assert run_shell(tmp_path, went_on, requeue="no")[:2] == (130, "130")
-    assert run_shell(tmp_path, went_on, scontrol=1)[:2] == (130, "130")
+    assert run_shell(tmp_path, went_on, scontrol="return 1")[:2] == (130, "130")
     (tmp_path / "start-0/code").unlink()
     assert run_shell(tmp_path, "return 1", requeue="no")[:2] == (2, "2")
+
+
+def test_a_requeue_that_ends_the_job_before_it_answers_is_one(tmp_path):
+    killed = "kill -TERM $$; sleep 0.2; return 143"  # as if the command had been ended too
+    code, left, said = run_shell(tmp_path, f'echo {LEFT} > "$START/code"', scontrol=killed)
+    assert (code, left) == (0, None)
+    assert "the job goes back into the queue" in said
+    assert (tmp_path / "token").exists()
 
 
 def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path):
