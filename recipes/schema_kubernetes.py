@@ -57,6 +57,9 @@ class KubernetesCluster(Section):
     """GPUs of each pod, one rank each; 0: train on CPUs."""
     processes_per_node: PositiveInt | None = None
     """Ranks per pod where there are no GPUs; None: 1."""
+    doctor: bool = True
+    """Measure the pods before a run on more than one, as `ftlaunch doctor` does elsewhere; unfit ones are named, and
+    the job fails, to be tried again in other pods."""
     cpus_per_node: PositiveInt | None = None
     """Cores that each pod requests, shared by its ranks; None: 8 for each GPU, 1 for each rank without."""
     memory: Quantity | None = None

@@ -11,10 +11,13 @@ from ...cluster.existing import nodes_for_ranks
 from ...cluster.ssh_hosts import hosts_of, node_count
 from ...recipes.errors import InfrastructureError
 from ...recipes.load import LoadedRecipe
-from ...recipes.schema_cluster import RayCluster, SshCluster
+from ...recipes.schema_cluster import SshCluster
 from .command import findings_of, unfit_text, wanted_of
 from .examine import Say, examine
 from .judge import Finding, judge, unfit
+
+LOOKED_AT = frozenset({"ssh"})
+"""Clusters whose nodes were looked at before the run was submitted."""
 
 
 def has_spares(loaded: LoadedRecipe) -> bool:
@@ -49,7 +52,7 @@ def on_fit_nodes(loaded: LoadedRecipe, demand: Demand, say: Say) -> Iterator[Non
     InfrastructureError where there are too few."""
     config = loaded.recipe.cluster
     with ExitStack() as holds:
-        if isinstance(config, RayCluster) and config.doctor and demand.nodes > 1:
+        if getattr(config, "doctor", False) and config.type not in LOOKED_AT and demand.nodes > 1:
             from .ray_nodes import RayProber, held
 
             prober = holds.enter_context(RayProber())
