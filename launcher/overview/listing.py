@@ -31,7 +31,14 @@ TAIL_BYTES = 64 << 10
 CLUSTER = re.compile(r"^cluster:\n(?:  .*\n)*?  type: (\S+)$", re.MULTILINE)
 """In a recipe as it is stored. Parsing hundreds of them as YAML takes seconds."""
 
-STYLES = {"running": "bold green", "failed": "bold red", "lost": "red", "interrupted": "yellow"}
+STYLES = {
+    "running": "bold green",
+    "queued": "cyan",
+    "starting": "cyan",
+    "failed": "bold red",
+    "lost": "red",
+    "interrupted": "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,11 @@ def look(url: str, name: str) -> Listed | None:
     run = RunDirectory(url)
     if storage.is_local(run.url) and not storage.local_path(run.url).is_dir():
         return None
-    text = run.read_recipe()
-    if text is None:
-        return None
     try:
-        return _listed(run, name, text)
+        text = run.read_recipe()
+        if text is None and latest(run) is None:
+            return None
+        return _listed(run, name, text or "")
     except (UserError, ValueError, KeyError, TypeError) as error:  # one broken directory must not hide the others
         return Listed(name, "broken", message=str(error))
 
@@ -89,13 +96,14 @@ def _listed(run: RunDirectory, name: str, recipe: str) -> Listed:
     steps = [line for line in _tail(run.path("metrics.jsonl")) if line.get("kind") == "step"]
     last: Line = steps[-1] if steps else {}
     found = CLUSTER.search(recipe)
+    submitted = str(submission.record["cluster"]["type"]) if submission else ""
     return Listed(
         name=name,
         state=standing.word,
         step=last.get("step"),
         progress=last.get("progress"),
         loss=last.get("loss"),
-        cluster=found[1] if found else "",
+        cluster=found[1] if found else submitted,
         job=str(submission.record["job"]) if submission else "",
         attempts=len(standing.tried),
         begun_at=_seconds(standing.tried[0].info.started_at) if standing.tried else None,

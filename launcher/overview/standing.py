@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...distributed.run_directory import AttemptInfo, RunDirectory
+from ..submissions import latest
 
 WORDS = {"finished": "finished", "stopped_early": "stopped early", "failed": "failed", "interrupted": "interrupted"}
 
@@ -33,8 +34,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Standing:
-    """`word`: `running`, `finished`, `stopped early`, `interrupted`, `failed`, `lost` (killed, or its machine is gone),
-    or `unfinished` for a run that nobody has trained yet."""
+    """`word`: `running`, `finished`, `stopped early`, `interrupted`, `failed`, `lost` (killed, or its machine is gone);
+    before the first attempt `queued` (submitted, and not begun), `starting`, or `unfinished`."""
 
     word: str
     tried: tuple[Tried, ...]
@@ -42,7 +43,7 @@ class Standing:
     @property
     def message(self) -> str:
         """Of the newest attempt, where the run has failed; empty otherwise."""
-        return self.tried[-1].message if self.word == "failed" else ""
+        return self.tried[-1].message if self.word == "failed" and self.tried else ""
 
 
 def standing_of(run: RunDirectory) -> Standing:
@@ -53,4 +54,13 @@ def standing_of(run: RunDirectory) -> Standing:
         return Standing("running", tried)
     if (result := run.read_result()) is not None:
         return Standing(WORDS.get(str(result.get("outcome")), "finished"), tried)
-    return Standing(tried[-1].word if tried else "unfinished", tried)
+    return Standing(tried[-1].word if tried else _before_attempts(run), tried)
+
+
+def _before_attempts(run: RunDirectory) -> str:
+    submission = latest(run)
+    if submission is None:
+        return "unfinished"
+    if submission.exit_code is not None:
+        return "failed" if submission.exit_code else "unfinished"
+    return "starting" if "began_at" in submission.record else "queued"

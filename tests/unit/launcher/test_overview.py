@@ -73,6 +73,20 @@ def test_every_run_is_listed_with_how_it_stands(runs):
     assert found["fresh"] == Listed("fresh", "unfinished", cluster="local")
 
 
+def test_a_run_that_waits_in_a_queue_is_listed(runs):
+    """Before it has a recipe: its driver writes that."""
+    run = RunDirectory(str(runs / "waits"))
+    record = {"job": "99", "driver": None, "cluster": {"type": "slurm"}, "submitted_at": 1.0}
+    submissions.expect(run, record)
+    assert {each.name: each for each in list_runs(str(runs))}["waits"] == Listed(
+        "waits", "queued", cluster="slurm", job="99"
+    )
+    name = submissions.register(run, record)
+    assert standing_of(run).word == "starting"
+    submissions.finish(run, name, 2)
+    assert (standing_of(run).word, standing_of(run).message) == ("failed", "")
+
+
 def test_the_list_as_table_and_as_json(runs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["list"]) == 0
