@@ -33,6 +33,10 @@ POLL_S = 0.2
 GONE_S = 5.0
 """Without an answer from the head's Ray while the pods are ending, after which it is taken for gone."""
 
+AGAIN, FAILED = 75, 2
+"""Exit codes: of a driver that asks to be started again (EX_TEMPFAIL of sysexits.h), and what a shell is told when it
+is not."""
+
 QUICK_S = 30.0
 MAX_QUICK = 3
 """A driver that was killed sooner than that after its start, so many times in a row, is not started again."""
@@ -114,7 +118,8 @@ class Node:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def _start_driver(self) -> subprocess.Popen[bytes]:
+    def _start_driver(self, *why: str) -> subprocess.Popen[bytes]:
+        """`why`: it is started again, for this reason."""
         self._started_s = time.monotonic()
         module, _, function = self._spec["entry"].partition(":")
         (WORK / "bin").mkdir(exist_ok=True)
@@ -126,9 +131,9 @@ class Node:
         address = f"{os.environ['POD_IP']}:{os.environ['RAY_PORT']}"
         with (WORK / "driver.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-P", str(WORK / "bin/drive"), str(told), address], env=self._environment(),
-                cwd=folder if folder.is_dir() else WORK, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                [sys.executable, "-P", str(WORK / "bin/drive"), str(told), address, "--kept", *why],
+                env=self._environment(), cwd=folder if folder.is_dir() else WORK, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     def _step(self) -> int | None:
@@ -157,11 +162,12 @@ class Node:
             if leaving and not self._told:
                 self._tell(self._driver)
         elif not (WORK / "exit").exists():
-            if code < 0 and not leaving and self._may_start_again():
-                self._driver = self._start_driver()
+            why = None if leaving else _why_again(code)
+            if why is not None and self._may_start_again():
+                self._driver = self._start_driver(why)
                 return
             self._show_log()
-            code = code if code >= 0 else 128 - code  # as shells have it for signals
+            code = FAILED if code == AGAIN else code if code >= 0 else 128 - code  # as shells have it for signals
             if not _ends_line(WORK / "driver.log"):
                 print()
             print(f"{exit_mark(self._spec['job'])}{code}", flush=True)
@@ -257,6 +263,13 @@ def _lack(need: str) -> str | None:
     except (ImportError, PackageNotFoundError):
         return "not there"
     return None if wanted.specifier.contains(found, prereleases=True) else found
+
+
+def _why_again(code: int) -> str | None:
+    """Why a driver that ended with this code is started again; empty: it asks for it. None: it is not."""
+    if code == AGAIN:
+        return ""
+    return f"the driver was killed (signal {-code})" if code < 0 else None
 
 
 def _unpack(archive: Path, folder: Path) -> None:
