@@ -145,6 +145,7 @@ def test_the_launcher_is_killed_after_submission_and_stop_now(cluster, place):
     assert left(served) == []
 
 
+@pytest.mark.evidence
 def test_lost_pods_are_replaced(cluster, place):
     """A worker, then the head: KubeRay makes another worker, and starts the whole job again. Every step is there once,
     and the weights are those of a run that nothing happened to."""
