@@ -88,7 +88,7 @@ class Site:
 
     def cluster(self, **changes: Any) -> dict[str, Any]:
         """The `cluster` section of a recipe that runs on all nodes."""
-        return {"type": "slurm", "nodes": len(self.hosts.names), "gpus_per_node": 0, **changes}
+        return {"type": "slurm", "nodes": len(self.hosts.names), "gpus_per_node": 0, "doctor": False, **changes}
 
     def run(self, *command: str, environ: Mapping[str, str] | None = None) -> str:
         """One of Slurm's commands; what it prints."""
