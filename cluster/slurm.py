@@ -134,6 +134,7 @@ class Slurm:
         return {
             "job": name,
             "driver": "",
+            "ends_first": True,
             "cluster": self._config.model_dump(mode="json"),
             "folder": str(self._folder),
             "submitted_at": self._submitted_s,

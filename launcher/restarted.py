@@ -14,12 +14,16 @@ FINAL = (0, 1)
 
 def answer_before(run: RunDirectory, job: str) -> int | None:
     """What an earlier driver of this job has come to, if that is final; None: drive. Ranks of one that was lost are
-    waited for, as long as they may still be alive."""
+    waited for, as long as they may still be alive: a sign of life of theirs may be two minutes old."""
     earlier = submissions.latest(run)
-    if earlier is None or earlier.record["job"] != job:
-        return None
+    if earlier is None or earlier.record["job"] != job or "began_at" not in earlier.record:
+        return None  # its first driver; what is alive then is somebody else's
     if earlier.exit_code in FINAL:
         return earlier.exit_code
+    if earlier.record.get("ends_first"):
+        for attempt in run.live_attempts():
+            run.finish_attempt(attempt.number, "failed", "its job was ended")
+        return None
     deadline_s = time.monotonic() + HEARTBEAT_DEAD_S + POLL_S
     while run.live_attempt() is not None and time.monotonic() < deadline_s:
         time.sleep(POLL_S)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from tiny import recipe_for, write_recipe
 
-from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.distributed.run_directory import Process, RunDirectory
 from ftlaunch.launcher import cli, job_state, submissions
 from ftlaunch.launcher.handover import pack, unpack
 from ftlaunch.launcher.log_copy import LogCopy
 from ftlaunch.launcher.plan import default_keys
+from ftlaunch.launcher.restarted import answer_before
 from ftlaunch.launcher.submit import need_of
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.load import load_recipe
@@ -41,6 +42,22 @@ def test_what_nodes_must_have(tmp_path, monkeypatch):
     assert need.paths["model.path"] == str(tmp_path / "model")
     elsewhere = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"path": "s3://a/runs"})})
     assert need_of(elsewhere, {}).shared is None
+
+
+def test_attempts_of_a_job_that_was_ended_are_over_when_it_starts_again(tmp_path):
+    run = RunDirectory(str(tmp_path / "bot"))
+    record = {"job": "7", "cluster": {"type": "slurm"}, "ends_first": True}
+    submissions.expect(run, record)
+    elsewhere = run.claim_attempt(world_size=1, command=(), process=Process("another-host", 1, 0.0))
+    assert answer_before(run, "7") is None
+    assert run.live_attempt() is not None  # somebody else's
+    run.finish_attempt(elsewhere, "finished")
+    submissions.register(run, record)
+    run.claim_attempt(world_size=1, command=(), process=Process("n1", 1, 0.0))
+    assert answer_before(run, "7") is None
+    assert run.live_attempt() is None
+    submissions.finish(run, submissions.newest(run).name, 0)
+    assert answer_before(run, "7") == 0
 
 
 def test_a_job_that_ended_without_a_word_is_over(tmp_path, monkeypatch):
