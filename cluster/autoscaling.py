@@ -145,17 +145,17 @@ def room(config: RayCluster, demand: Demand, say: Say) -> Iterator[None]:
     for what it can never have, InfrastructureError where they do not come in time."""
     from ray.autoscaler.sdk import request_resources
 
-    bundle = bundle_of(demand)
-    if _count(bundle) >= demand.nodes:
+    bundle, needed = bundle_of(demand), demand.needed_nodes
+    if _count(bundle) >= needed:
         yield
         return
     types = node_types()
-    if why := refusal(bundle, demand.nodes, _alive(), types):
+    if why := refusal(bundle, needed, _alive(), types):
         raise UserError(why)
     request_resources(bundles=[bundle] * demand.nodes)
     try:
         minutes = WAIT_MINUTES if config.wait_minutes is None else config.wait_minutes
-        _wait(bundle, demand.nodes, 60 * minutes, say)
+        _wait(bundle, needed, 60 * minutes, say)
         yield
     finally:
         request_resources(bundles=[])  # it may go down again

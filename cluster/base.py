@@ -15,13 +15,25 @@ from typing import Any, Literal, Protocol
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of a cluster: `ranks` in all, on `nodes` nodes, with one GPU each or none, and `cpus_per_rank`
-    cores each."""
+    """What a run asks of a cluster: `ranks` in all, on `nodes` nodes (the most it uses), with one GPU each or none, and
+    `cpus_per_rank` cores each."""
 
     nodes: int
     ranks: int
     uses_gpus: bool
     cpus_per_rank: int
+    least_nodes: int | None = None
+    """With so many it begins, and goes on when others are lost; None: with all."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The same on each."""
+        return self.ranks // self.nodes
+
+    @property
+    def needed_nodes(self) -> int:
+        """Without which nothing starts."""
+        return self.nodes if self.least_nodes is None else self.least_nodes
 
     @property
     def resources_per_rank(self) -> dict[str, float]:

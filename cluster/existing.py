@@ -8,6 +8,7 @@ from typing import Any
 
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.schema_cluster import RayCluster
+from ..recipes.schema_nodes import least_nodes
 from . import autoscaling
 from .base import CodeFolder, Demand, Endpoint
 from .ray_settings import quiet
@@ -39,16 +40,18 @@ class Existing:
     def _missing(self) -> str:
         """What the nodes that are up lack; empty if nothing."""
         nodes = nodes_for_ranks(_alive_nodes(), 1 if self._demand.uses_gpus else 0)
-        if len(nodes) < self._demand.nodes:
+        needed = self._demand.needed_nodes
+        if len(nodes) < needed:
             return (
-                f"cluster.nodes: {self._demand.nodes} nodes are asked for, the Ray cluster at {self._config.address} "
+                f"cluster.nodes: {needed} nodes are asked for, the Ray cluster at {self._config.address} "
                 f"has {len(nodes)}. Ask for fewer (--nodes {len(nodes)}) or add nodes."
             )
         for resource, each in self._demand.resources_per_rank.items():
             have = sum(node.get(resource, 0) for node in nodes)
-            if have < each * self._demand.ranks:
+            ranks = needed * self._demand.ranks_per_node
+            if have < each * ranks:
                 return (
-                    f"cluster: {self._demand.ranks} ranks need {each * self._demand.ranks:g} {resource}, the Ray "
+                    f"cluster: {ranks} ranks need {each * ranks:g} {resource}, the Ray "
                     f"cluster at {self._config.address} has {have:g}."
                 )
         return ""
@@ -75,7 +78,7 @@ def ask(config: RayCluster) -> Offer:
     connect(config.address, {})
     try:
         every = _alive_nodes()
-        if len(nodes_for_ranks(every, config.gpus_per_node)) < config.nodes:
+        if len(nodes_for_ranks(every, config.gpus_per_node)) < least_nodes(config.nodes):
             # An autoscaling cluster's nodes are what it can add.
             every = [*every, *(each.resources for each in autoscaling.node_types() or () if each.most)]
     finally:

@@ -2,9 +2,11 @@
 ends everything when it is over, whoever dies first.
 
 Until the launcher lets go (`released`), a job lives as long as the launcher shows that it does (`lease`). From then on
-the first host lives as long as the driver, and the others as long as the first one's Ray answers. Nothing is left to
-somebody's good will: at the end every process with the job's mark is killed, and where the keeper itself is killed,
-its children are by the kernel, and what is left by the next launcher that comes (`host_agent.clean`).
+the first host lives as long as the driver, and the others as long as the first one's Ray answers. A driver that was
+killed is started again, and so is Ray where it has died: what the run needs then is said in `launcher/start.py`, which
+counts how often. Nothing is left to somebody's good will: at the end every process with the job's mark is killed, and
+where the keeper itself is killed, its children are by the kernel, and what is left by the next launcher that comes
+(`host_agent.clean`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .host_agent import end_processes, forget, put
+from .restarts import SPOKE, QuickEnds, final, why_again
 
 POLL_S = 0.2
 LEASE_S = 40.0
@@ -33,12 +36,16 @@ SEARCH_S = 120.0
 LOST_S = 30.0
 """Without an answer from the first host: a machine that is gone, or a network that is."""
 
-REFUSED_S = 3.0
-"""While the first host is there and its Ray is not."""
+REFUSED_S = 15.0
+"""While the first host is there and its Ray is not: it may be starting again."""
 
 RAY_IS_UP = b"Ray runtime started"
 DRIVER_ENDING_S = 60.0
-"""For the driver to say what it has to when Ray on its host has ended."""
+"""For the driver to say what it has to when Ray on its host has ended, and is not started again."""
+
+DRIVER_QUICK_S = 5.0
+RAY_QUICK_S = 20.0
+"""What ends sooner will not stay if it is started again."""
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -81,6 +88,8 @@ class Keeper:
 
     shielded: frozenset[signal.Signals] = frozenset()
     """Signals that nothing it starts is to get: schedulers send some to all processes of a job at once."""
+    restarts = True
+    """Whether a driver that dies, and Ray, are started again here; otherwise somebody starts the whole job again."""
 
     def __init__(self, folder: Path, spec: Mapping[str, Any]) -> None:
         self._folder, self._spec = folder, spec
@@ -89,15 +98,16 @@ class Keeper:
         self._watch: Watch | None = None
         self._stopped = False
         self._ray_gone_s: float | None = None
+        self._driver_ends, self._ray_ends = QuickEnds(DRIVER_QUICK_S), QuickEnds(RAY_QUICK_S)
 
     def run(self) -> str:
         """Keep the job until it is over; returns why it is."""
         if self._spec["driver"]:
-            self._driver = self._spawn(self._spec["driver"], "driver.log", Path(self._spec["driver_folder"]))
+            self._drive()
         why = None if self._driver else self._search()
         if why:
             return why
-        self._ray = self._spawn(self._spec["ray"], "ray.log", self._folder)
+        self._start_ray()
         while (why := self._why_over()) is None:
             time.sleep(POLL_S)
         return why
@@ -113,6 +123,16 @@ class Keeper:
     def _before_exec(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.shielded)
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the keeper
+
+    def _drive(self, *again: str) -> None:
+        self._driver_ends.started()
+        (self._folder / SPOKE).unlink(missing_ok=True)
+        kept = ["--kept", *again] if self.restarts else []
+        self._driver = self._spawn([*self._spec["driver"], *kept], "driver.log", Path(self._spec["driver_folder"]))
+
+    def _start_ray(self) -> None:
+        self._ray_ends.started()
+        self._ray = self._spawn(self._spec["ray"], "ray.log", self._folder)
 
     def _search(self) -> str | None:
         """Wait for the first host's Ray to answer; returns why that is over."""
@@ -146,20 +166,44 @@ class Keeper:
             self._stopped = True
         return None
 
-    def _driver_ended(self) -> str | None:
-        if self._driver is None or (code := self._driver.poll()) is None:
-            return None
-        put(self._folder / "exit", str(code))
-        return "the driver has ended"
+    @property
+    def _may_restart(self) -> bool:
+        return self.restarts and self._has("released") and not self._stopped
 
-    def _ray_ended(self) -> str | None:
-        if self._ray is None or (code := self._ray.poll()) is None:
-            return None
+    def _ray_is_over(self, code: int) -> str | None:
+        """The driver is given time to say what it has to."""
         now_s = time.monotonic()
         self._ray_gone_s = self._ray_gone_s or now_s
         if self._driver and now_s - self._ray_gone_s < DRIVER_ENDING_S:
             return None
         return f"Ray has ended (exit code {code})"
+
+    def _driver_ended(self) -> str | None:
+        if self._driver is None or (code := self._driver.poll()) is None:
+            return None
+        again = why_again(code, spoke=self._has(SPOKE)) if self._may_restart else None
+        if again is not None and self._driver_ends.ended():
+            self._drive(again)
+            return None
+        put(self._folder / "exit", str(final(code) if self.restarts else code))
+        return "the driver has ended"
+
+    def _ray_ended(self) -> str | None:
+        """Ray is started again, with the driver where there is one: its ranks are gone with it. On other hosts that
+        waits for the first one's."""
+        if self._ray is not None and (code := self._ray.poll()) is not None:
+            if not self._may_restart:
+                return self._ray_is_over(code)
+            if not self._ray_ends.ended():
+                return f"Ray has ended (exit code {code})"
+            end_processes(self._folder.name)
+            self._ray = None
+            if self._driver:
+                self._driver.wait()
+                self._drive(f"Ray on the first host has ended (exit code {code})")
+        if self._ray is None and (self._watch is None or self._watch.why_not() is None):
+            self._start_ray()
+        return None
 
     def _left_alone(self) -> str | None:
         if not self._has("released"):

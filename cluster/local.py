@@ -14,6 +14,9 @@ from .ray_settings import configure, quiet
 PIPED_AGENTS = {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
 """Ray's agents are given a pipe that ends with the raylet: see `ray_node_compat.py`."""
 
+SOON_LOST = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+"""Seconds for which Ray's processes wait for its head when that is gone; nobody would start it again."""
+
 
 ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """The node's address is 127.0.0.1, as by default on systems that Ray builds no clusters of. With any other address its
@@ -44,7 +47,8 @@ class Local:
         self._folder: str | None = None
         # Now, not in `up`: Ray reads them when it is imported, which another thread may do before `up` comes to it.
         # A token of its own: other users of this machine can reach loopback ports.
-        configure({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), **PIPED_AGENTS, **ON_LOOPBACK})
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+        configure({**token, **PIPED_AGENTS, **ON_LOOPBACK, **SOON_LOST})
         quiet()
 
     def problems(self) -> list[str]:

@@ -11,10 +11,14 @@ QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Ray's advice on its own internals is not for our users.
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # A process that polls for preemption notices of cloud nodes; nothing of ours acts on them yet.
+    # A process that polls for preemption notices of cloud nodes: the launcher looks for them itself.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Seconds between looks at the ranks: how late an end or a death is noticed. Ray's own is 2.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # What asks Ray something when the run is over must not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # Seconds for room to be found, after which the cluster is looked at again. Ray's own is 60.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

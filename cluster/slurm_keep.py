@@ -193,6 +193,7 @@ class JobKeeper(Keeper):
 
     # Before Slurm takes nodes away it sends SIGTERM to every process of a step. The ranks are to save first.
     shielded = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    restarts = False
 
     def __init__(self, folder: Path, spec: Mapping[str, Any], start: Path) -> None:
         super().__init__(folder, spec)

@@ -17,12 +17,13 @@ from typing import Any, Self
 
 from ..recipes.errors import InfrastructureError
 from ..recipes.schema_cluster import SshCluster
+from ..recipes.schema_nodes import NodeRange
 from . import ssh_checks, ssh_facts
 from .base import CodeFolder, Demand, Driver, Need, Record, Stop
 from .ssh_connection import HostError, ssh_command
 from .ssh_facts import Facts
 from .ssh_fleet import Fleet, open_fleet
-from .ssh_hosts import hosts_of
+from .ssh_hosts import hosts_of, needed_count, node_count
 from .ssh_job import JobPlan, Node, packed, read_package, travelling, unset
 
 UP_S = 180.0
@@ -53,14 +54,16 @@ class Ssh:
     def problems(self) -> list[str]:
         """See `SubmittedCluster`. Hosts that answer are asked everything, whatever is wrong with others."""
         hosts = hosts_of(self._config)
-        wanted = self._config.nodes or len(hosts)
+        wanted, needed = node_count(self._config), needed_count(self._config)
         found = [f"cluster.env: {name} is not set here" for name in unset(self._config.env, self._need.environ)]
-        if wanted > len(hosts):
+        if needed > len(hosts):
             found.append(
                 f"cluster.nodes: {wanted} nodes are asked for, cluster.hosts names {len(hosts)}. Add hosts, or ask for "
                 f"fewer (--nodes {len(hosts)})."
             )
         failed = self._connect(hosts[:wanted])
+        if len(self._fleet.hosts) >= needed and not any(error.mendable for error in failed):
+            failed = []  # a run that goes on without hosts that are lost begins without them too
         try:
             found += self._ask() if self._fleet.hosts else []
         except HostError as error:
@@ -96,12 +99,14 @@ class Ssh:
         gpus = min(each["gpus"] for each in facts) if self._config.gpus_per_node is None else self._config.gpus_per_node
         ranks = gpus or self._config.processes_per_node or 1
         cores = min(each["cores"] for each in facts)
-        return Demand(len(facts), ranks * len(facts), uses_gpus=gpus > 0, cpus_per_rank=max(1, cores // ranks))
+        cpus, nodes = max(1, cores // ranks), len(facts)
+        least = needed_count(self._config) if isinstance(self._config.nodes, NodeRange) else None
+        return Demand(nodes, ranks * nodes, uses_gpus=gpus > 0, cpus_per_rank=cpus, least_nodes=least)
 
     def render(self) -> str:
         """As far as it is known before the hosts are asked: ports, folders and cores are theirs to say."""
         config = self._config
-        hosts = hosts_of(config)[: config.nodes]
+        hosts = hosts_of(config)[: node_count(config)]
         ranks = config.gpus_per_node or config.processes_per_node or 1
         demand = Demand(len(hosts), ranks * len(hosts), uses_gpus=config.gpus_per_node != 0, cpus_per_rank=1)
         nodes = tuple(Node(host, self._python, "TMPDIR/ft-UID/JOB", host) for host in hosts)

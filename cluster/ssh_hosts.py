@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..recipes.errors import KeyedError
 from ..recipes.schema_cluster import SshCluster
+from ..recipes.schema_nodes import least_nodes, most_nodes
 
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]{0,252}")
 
@@ -41,5 +42,10 @@ def read_hosts(lines: list[str]) -> tuple[list[str], list[str]]:
 
 
 def node_count(config: SshCluster) -> int:
-    """Nodes that a run has. Raises KeyedError as `hosts_of` does."""
-    return config.nodes or len(hosts_of(config))
+    """Nodes that a run has at most. Raises KeyedError as `hosts_of` does."""
+    return len(hosts_of(config)) if config.nodes is None else most_nodes(config.nodes)
+
+
+def needed_count(config: SshCluster) -> int:
+    """Nodes that it has at least. Raises KeyedError as `hosts_of` does."""
+    return len(hosts_of(config)) if config.nodes is None else least_nodes(config.nodes)

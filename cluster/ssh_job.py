@@ -30,6 +30,8 @@ RAY_ENVIRONMENT = {
     **QUIET,
     "RAY_AUTH_MODE": "token",
     "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+    # Seconds for which a node waits for a head that is gone; one that comes back is another one, to be joined anew.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     # Folders of the driver's are no place to look for modules.
     "PYTHONSAFEPATH": "1",
     "PYTHONUNBUFFERED": "1",

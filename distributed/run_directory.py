@@ -2,6 +2,7 @@
 
 recipe.yaml  recipe.aN.yaml  environment.json  facts.json  events.jsonl  metrics.jsonl  result.json
 attempts/aN.json  aN.heartbeat  aN.end.json
+failures/  stacks/             see launcher/budget.py and launcher/watch.py
 commits/  step-000200.a1/        see checkpoint/commit.py
 """
 
@@ -33,7 +34,7 @@ HEARTBEAT_EVERY_S = 15.0
 HEARTBEAT_DEAD_S = 120.0
 """A heartbeat from another host that is older than this belongs to a dead attempt; eight missed beats."""
 
-MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", "submissions", COMMITS})
+MARKERS = frozenset({"recipe.yaml", "facts.json", "attempts", "submissions", "failures", COMMITS})
 """One of these makes a folder a run of ours."""
 
 CHECK_REPORT = "check.html"

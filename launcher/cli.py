@@ -43,6 +43,11 @@ app = App(
 )
 
 
+_PROGRAM = "program"
+_traits: set[str] = set()
+"""`_PROGRAM`: this process is the command, so that it may fork; not a test or a library that calls `main`."""
+
+
 @app.default
 def run(
     recipe: RecipePath,
@@ -71,7 +76,7 @@ def run(
     from .start import start
 
     flags = Flags(fresh, accept_changes, accept_changed_data)
-    return start(load(recipe, overrides, place), flags, os.environ, detach=detach)
+    return start(load(recipe, overrides, place), flags, os.environ, detach=detach, kept=_PROGRAM in _traits)
 
 
 @app.command
@@ -299,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 the user can mend it, 2 infrastructure (or a bug),
     130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and sys.platform == "linux":
+        _traits.add(_PROGRAM)
     return guarded(lambda: _dispatch(words))
 
 

@@ -1,4 +1,4 @@
-"""The line between a run's rank 0 and the launcher: events go one way, a request to stop the other.
+"""The line between a run's rank 0 and the launcher: events go one way, requests to stop or to move the other.
 
 `Control` lives in a Ray actor of its own, so that neither side ever waits for the other.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 Event = Mapping[str, Any]
 
@@ -28,26 +28,75 @@ class Ending:
     exit_code: int = 0
 
 
-class Control:
-    """The actor's state."""
+@dataclass(frozen=True)
+class Progress:
+    """How far this start of the ranks is. `idle_s`: since they last said anything; `steps`: how many were told of."""
 
-    def __init__(self) -> None:
+    phase: str = "starting"
+    idle_s: float = 0.0
+    steps: int = 0
+    longest_step_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Move:
+    """Why ranks are asked to save and leave, to be started again on other nodes."""
+
+    kind: Literal["resize", "preempted"]
+    says: str
+
+
+class Control:
+    """The actor's state. `clock` in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._stop = False
         self._ending: Ending | None = None
-        self._starts = 0
+        self._clock = clock
+        self._progress = Progress()
+        self._spoken_s = clock()
+        self._move: Move | None = None
+        self._noticed: set[str] = set()
 
     def begin(self) -> None:
-        """The ranks start. If not for the first time, whoever watches is told why nothing happened for a while."""
-        self._starts += 1
-        if self._starts > 1:
-            text = f"a rank was lost: all are started again (start {self._starts}), from the newest checkpoint"
-            self.emit({"kind": "message", "level": "warning", "text": text})
+        """The ranks start."""
+        self._progress, self._move, self._spoken_s = Progress(), None, self._clock()
 
     def emit(self, event: Event) -> bool:
-        """Take an event; answers whether the run shall stop."""
+        """Take an event; answers whether the ranks shall save and leave."""
         self._events.append(event)
-        return self._stop
+        self._spoken_s = self._clock()
+        if event["kind"] == "phase":
+            self._progress = replace(self._progress, phase=event["phase"])
+        elif event["kind"] == "step":
+            longest = max(self._progress.longest_step_s, event["step_s"])
+            self._progress = replace(self._progress, steps=self._progress.steps + 1, longest_step_s=longest)
+        return self._stop or self._move is not None
+
+    def tell(self, event: Event) -> None:
+        """Something of the launcher's own, for whoever watches."""
+        self._events.append(event)
+
+    def progress(self) -> Progress:
+        """How far the ranks are."""
+        return replace(self._progress, idle_s=self._clock() - self._spoken_s)
+
+    def notice(self, node: str) -> None:
+        """A node, by Ray's id, is about to be taken away."""
+        self._noticed.add(node)
+
+    def noticed(self) -> set[str]:
+        """Those nodes."""
+        return self._noticed
+
+    def request_move(self, move: Move) -> None:
+        """Save and leave after the current step, to be started again."""
+        self._move = move
+
+    def why_leave(self) -> Move | None:
+        """Why ranks that were interrupted are to be started again; None: they are not, the run was asked to stop."""
+        return None if self._stop else self._move
 
     def take(self) -> tuple[list[Event], Ending | None]:
         """The events since the last call, and how it ended if it has."""

@@ -1,5 +1,6 @@
 """The driver of a submitted run, on a node of its cluster: what `ftlaunch recipe.yaml` does on one machine, with Ray
-there already. `python .../drive driver.json ADDRESS`."""
+there already. `python .../drive driver.json ADDRESS [--kept [WHY]]`; --kept: it would be started again; WHY: the one
+before it ended, for this reason."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,17 +17,20 @@ from rich.console import Console
 
 from ..cluster.base import LEFT, LEFT_EARLY, Demand
 from ..cluster.joined import Joined
-from ..distributed import storage
+from ..cluster.restarts import AGAIN, SPOKE
 from ..distributed.again import Flags
 from ..distributed.checkpoint.commit import latest_resumable
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import Interrupted
+from ..recipes.load import LoadedRecipe
 from . import submissions
 from .cli import guarded
 from .cli_recipe import remember
 from .handover import unpack
+from .keep import Beginning
 from .log_copy import LogCopy
 from .restarted import answer_before
+from .settle import renamed, run_of
 from .start import run_on
 from .supervisor import Nodes
 
@@ -36,19 +40,24 @@ LOG = "driver.log"
 
 def main() -> int:
     """Drive; returns the exit code of the run, as the command line would."""
-    file, address = Path(sys.argv[1]), sys.argv[2]
-    driven = Driven(file.with_name(LOG), json.loads(file.read_text()))
+    file, address, *kept = Path(sys.argv[1]), *sys.argv[2:]
+    job = json.loads(file.read_text())
+    again = kept[1] if len(kept) > 1 else None
+    driven = Driven(file.parent, job, Beginning(job["record"]["job"], again, is_kept=bool(kept)))
     signal.signal(signal.SIGUSR1, driven.leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # whoever started this may have held it back
-    return driven.close(guarded(lambda: driven.run(address)))
+    code = driven.close(guarded(lambda: driven.run(address)))
+    file.with_name(SPOKE).touch()
+    return code
 
 
 @dataclass
 class Driven:
-    """One submitted run. `job` is what `submit.job_of` made, with the cluster's record."""
+    """One submitted run. `job` is what `submit.job_of` made, with the cluster's record; `folder` the job's."""
 
-    log: Path
+    folder: Path
     job: Mapping[str, Any]
+    beginning: Beginning
     _run: RunDirectory | None = None
     _name: str = ""
     _copy: LogCopy | None = None
@@ -64,27 +73,39 @@ class Driven:
 
     def run(self, address: str) -> int:
         """Decide and train, as `start` does."""
-        loaded = unpack(self.job["loaded"])
+        flags = Flags(**self.job["flags"])
+        loaded = self._named(unpack(self.job["loaded"]), flags)
         remember(loaded)
         sys.argv = list(self.job["command"])  # what the run directory says it was started with
         demand = Demand(**self.job["demand"])
-        run = RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
-        if (code := answer_before(run, self.job["record"]["job"])) is not None:
+        if (code := answer_before(run_of(loaded), self.job["record"]["job"])) is not None:
             return code
-        nodes = Nodes(demand, Joined(address, demand))
+        nodes = Nodes(demand, Joined(address, demand), self.beginning.launch)
         console = Console(width=self.job["columns"])
-        return run_on(lambda: nodes, loaded, Flags(**self.job["flags"]), console, begun=self._begin)
+        return run_on(lambda: nodes, loaded, flags, console, self.beginning, begun=self._begin)
+
+    def _named(self, loaded: LoadedRecipe, flags: Flags) -> LoadedRecipe:
+        """With `fresh` under a new name, which a driver that takes over keeps."""
+        if not flags.fresh:
+            return loaded
+        chosen = self.folder / "name"
+        if not chosen.exists():
+            chosen.write_text(renamed(loaded).recipe.name)
+        recipe = loaded.recipe.model_copy(update={"name": chosen.read_text()})
+        return replace(loaded, recipe=recipe)
 
     def _begin(self, run: RunDirectory) -> None:
         """The run will train, so its directory is to know where."""
         self._run, self._name = run, submissions.register(run, self.job["record"])
         self._step = _newest_step(run)
-        self._copy = LogCopy(submissions.log_url(run, self._name), self.log)
+        self._copy = LogCopy(submissions.log_url(run, self._name), self.folder / LOG)
 
     def close(self, code: int) -> int:
         """Write down how it ended, unless it goes on; the exit code."""
         if self._copy:
             self._copy.close()
+        if code == AGAIN:
+            return code
         if self._leaves and code == Interrupted.exit_code:
             return LEFT if self._run and _newest_step(self._run) > self._step else LEFT_EARLY
         if self._run:

@@ -9,6 +9,7 @@ from ..distributed.attempt import choose_streams
 from ..distributed.data.share import share_of
 from ..recipes.schema import Recipe
 from ..recipes.schema_cluster import ClusterConfig, LocalCluster, SshCluster
+from ..recipes.schema_nodes import most_nodes
 from .hardware import Machine
 from .unknown import Unknown
 
@@ -65,8 +66,8 @@ def world_of(cluster: ClusterConfig, gpus_per_node: int) -> WorldPlan:
 
 
 def nodes_of(cluster: ClusterConfig) -> int:
-    """How many a cluster section asks for."""
-    return node_count(cluster) if isinstance(cluster, SshCluster) else cluster.nodes
+    """How many a cluster section asks for; of a range, the most."""
+    return node_count(cluster) if isinstance(cluster, SshCluster) else most_nodes(cluster.nodes)
 
 
 def _on_cpu(cluster: ClusterConfig) -> WorldPlan:

@@ -14,6 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -21,12 +24,14 @@ from ray._private.log import PlainRayHandler
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
-from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, state, worker_group
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker, WorkerStatus
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from .failure import Preempted, Resized
 from .imports import import_all
+from .ray_policies import BudgetPolicy, LiveNodesPolicy, Place
+from .watch import Rank, Watch
 
 RANK_IMPORTS = (
     "ftlaunch.distributed.entry",
@@ -45,15 +50,36 @@ NODE_LABEL = "ftlaunch-node"
 UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
+CAUSE_S = 2.0
+"""For the rank of which others only saw the connection break to be found out about."""
+
+LEAVING_S = 20.0
+"""For all ranks to leave once the first has, where they have saved and are to be started again."""
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Who decides, and who looks after the ranks."""
+
+    scaling: LiveNodesPolicy
+    failures: BudgetPolicy
+    watch: Watch
+
+
 class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
     """`DataParallelTrainer` with its controller in this process. `fit` must not be called in the main thread."""
+
+    def __init__(self, *arguments: Any, supervision: Supervision, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._supervision = supervision
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, UNUSED)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        policy = FixedPolicy(self.scaling_config)
-        controller = LeanController(**{**settings, "scaling_policy": policy})
+        controller = LeanController(self._supervision, settings)
         _hush_console()
         asyncio.run(controller.run())
         return controller.get_result()
@@ -65,16 +91,6 @@ def _hush_console() -> None:
     for handler in [*logger.handlers]:
         if isinstance(handler, PlainRayHandler):
             logger.removeHandler(handler)
-
-
-class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of ranks, in nodes that are there."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """No request to an autoscaler."""
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
 
 
 class RayTrainWorkerWarmingUp(RayTrainWorker):  # type: ignore[misc]
@@ -124,9 +140,69 @@ class LeanWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
 
 class LeanController(TrainController):  # type: ignore[misc]
-    """A controller of such workers."""
+    """A controller of such workers. `settings` are those of Ray Train's own."""
 
     worker_group_cls = LeanWorkerGroup
+
+    def __init__(self, supervision: Supervision, settings: Mapping[str, Any]) -> None:
+        self._watch = supervision.watch
+        policies = {"scaling_policy": supervision.scaling, "failure_policy": supervision.failures}
+        super().__init__(**{**settings, **policies})
+
+    def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
+        super()._start_worker_group(num_workers, resources_per_worker)
+        self._watch.begin()
+        names = self._watch.nodes.names
+        keys = {worker.distributed_context.world_rank: worker.metadata.node_id for worker in self._workers}
+        self._failure_policy.places = {rank: Place(key, names[key]) for rank, key in keys.items()}
+
+    async def _poll_workers(self) -> WorkerGroupPollStatus:
+        status = await super()._poll_workers()
+        if status.errors:
+            return self._settled(status)
+        found = {} if status.finished else self._watch.look(self._ranks())
+        return _with_errors(status, found) if found else status
+
+    @property
+    def _workers(self) -> list[Any]:
+        return list(self._worker_group.get_workers())
+
+    def _ranks(self) -> dict[int, Rank]:
+        asked = self._worker_group._world_rank_to_ongoing_poll
+        now = time.monotonic()
+        return {
+            rank: Rank(
+                node=worker.metadata.node_id,
+                pid=worker.metadata.pid,
+                unanswered_s=now - asked[rank].start_time if rank in asked else 0.0,
+                actor=worker.actor,
+            )
+            for rank, worker in enumerate(self._workers)
+        }
+
+    def _settled(self, status: WorkerGroupPollStatus) -> WorkerGroupPollStatus:
+        """Wait for the cause, where ranks only tell that another one is gone; and for the others, where they leave."""
+        begun = time.monotonic()
+        while True:
+            errors = status.errors
+            leaving = all(isinstance(error, Resized | Preempted) for error in errors.values()) and not status.finished
+            echo = not leaving and self._failure_policy.judge(errors).is_echo
+            patience_s = CAUSE_S if echo else LEAVING_S if leaving else 0.0
+            if time.monotonic() - begun >= patience_s:
+                return status
+            time.sleep(POLL_S)
+            status = self._worker_group.poll_status(timeout=POLL_S)
+
+
+def _with_errors(status: WorkerGroupPollStatus, errors: Mapping[int, Exception]) -> WorkerGroupPollStatus:
+    failed = {rank: WorkerStatus(running=True, error=error) for rank, error in errors.items()}
+    return replace(status, worker_statuses={**status.worker_statuses, **failed})
+
+
+def _end_at_once(workers: list[Any], patience_s: float = 0.0) -> None:
+    """Ray Train first asks each to run its callbacks, of which ours have none, and waits for those that cannot."""
+    for worker in workers:
+        ray.kill(worker.actor)
 
 
 class NoBarrier:
@@ -143,3 +219,4 @@ class NoBarrier:
 
 worker_group.SynchronizationActor = NoBarrier
 state._shutdown_sync_actor = lambda _barrier: None
+state._shutdown_workers = _end_at_once

@@ -21,9 +21,13 @@ def run_of(loaded: LoadedRecipe) -> RunDirectory:
     return RunDirectory(storage.join(loaded.recipe.checkpoint.path, loaded.recipe.name))
 
 
-def settle(run: RunDirectory, loaded: LoadedRecipe, flags: Flags, console: Console) -> Decision:
-    """What is to be done. Raises UserError for a refusal."""
-    decision = decide(gather(run, lambda line: say(console, line, "yellow")), as_stored(loaded), flags)
+def settle(
+    run: RunDirectory, loaded: LoadedRecipe, flags: Flags, console: Console, *, takes_over: bool = False
+) -> Decision:
+    """What is to be done. `takes_over`: from a driver that has died, whose ranks have ended or are about to. Raises
+    UserError for a refusal."""
+    facts = gather(run, lambda line: say(console, line, "yellow"))
+    decision = decide(replace(facts, alive=None) if takes_over else facts, as_stored(loaded), flags)
     if decision.action in ("stop", "alive"):
         raise UserError(decision.message)
     return decision

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ..cluster.restarts import AGAIN
 from ..cluster.table import is_submitted
 from ..distributed.again import Flags
 from ..distributed.checkpoint.layout import open_folder
 from ..distributed.indexing import accept_changed_data, index_data
 from ..distributed.model_files import find_model, is_hub_id
 from ..distributed.run_directory import RunDirectory
-from ..recipes.errors import UserError
+from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema_cluster import RayCluster
+from .budget import Budget
+from .failure import Failure
 from .hardware import Machine, this_machine
 from .history import write_report
+from .keep import Beginning, keep, new_launch
 from .plan_world import WorldPlan, plan_world, world_problems, world_warnings
 from .say import say
 from .settle import announce, renamed, run_of, settle
 from .sum_up import sum_up
+from .supervision import SPENT
 from .unknown import Unknown
 from .view import make_view
 
 if TYPE_CHECKING:
     from .supervisor import Nodes
 
+OLD_RANKS_S = 60.0
+"""For ranks of a driver that has died to end; Ray ends them within some seconds."""
 
-def start(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], *, detach: bool = False) -> int:
+POLL_S = 0.1
+
+
+def start(
+    loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], *, detach: bool = False, kept: bool = False
+) -> int:
     """Run a recipe as "Running it again" has it, from here or where it is submitted to; returns the exit code. Raises
-    UserError for a refusal. `environ`: of which variables may travel."""
+    UserError for a refusal. `environ`: of which variables may travel. `kept`: what drives the run gets a process of its
+    own, and is started again when it dies; this call then returns in both."""
     console, machine = Console(), this_machine()
     config = loaded.recipe.cluster
     world = plan_world(config, machine)
@@ -43,13 +57,17 @@ def start(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], *, det
         return submit(loaded, flags, environ, console, detach=detach)
     if detach:
         raise UserError(f"--detach: a run on a cluster of type {config.type} lives as long as this command does")
+    chosen = renamed(loaded) if flags.fresh else loaded
 
-    def find() -> Nodes:
-        from .supervisor import find_nodes
+    def drive(beginning: Beginning) -> int:
+        def find() -> Nodes:
+            from .supervisor import find_nodes
 
-        return find_nodes(config, machine)
+            return find_nodes(config, machine, beginning.launch)
 
-    return run_on(find, loaded, flags, console)
+        return run_on(find, chosen, flags, console, beginning)
+
+    return keep(drive) if kept else drive(Beginning(new_launch()))
 
 
 def run_on(
@@ -57,13 +75,18 @@ def run_on(
     loaded: LoadedRecipe,
     flags: Flags,
     console: Console,
+    beginning: Beginning,
     *,
     begun: Callable[[RunDirectory], None] = lambda _run: None,
 ) -> int:
-    """Decide, and train on the nodes that `find` finds; `begun` is told of a run that will train."""
-    loaded = renamed(loaded) if flags.fresh else loaded
+    """Decide, and train on the nodes that `find` finds; `begun` is told of a run that will train. Returns the exit
+    code; AGAIN asks to be started again."""
     run = run_of(loaded)
-    decision = settle(run, loaded, flags, console)
+    takes_over = beginning.again is not None
+    if takes_over:
+        _take_over(run, loaded, beginning, console)
+        flags = Flags(accept_changes=flags.accept_changes)  # changed data has been accepted, and that counts once
+    decision = settle(run, loaded, flags, console, takes_over=takes_over)
     announce(console, decision)
     if not decision.trains:
         sum_up(run, console)
@@ -75,7 +98,25 @@ def run_on(
     if not isinstance(loaded.recipe.cluster, RayCluster):  # whose nodes may see files that this machine does not
         for note in _preflight(loaded, run):
             say(console, f"warning: {note}", "yellow")
-    return _train(loaded, run, find, console)
+    return _train(loaded, run, find, console, beginning)
+
+
+def _take_over(run: RunDirectory, loaded: LoadedRecipe, beginning: Beginning, console: Console) -> None:
+    """From a driver that has died. Raises InfrastructureError where that has happened too often."""
+    if beginning.again:
+        _spend(run, loaded, beginning, Failure("driver", "again", beginning.again), console)
+    deadline_s = time.monotonic() + OLD_RANKS_S
+    while (alive := run.live_attempt()) and alive.process.is_here() and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+
+
+def _spend(run: RunDirectory, loaded: LoadedRecipe, beginning: Beginning, failure: Failure, console: Console) -> None:
+    """Say that the driver is started again, or raise InfrastructureError where the budget is spent."""
+    account = Budget(run, beginning.launch, loaded.recipe.cluster.max_restarts).spend(failure, "driver")
+    if account.is_spent:
+        raise InfrastructureError(f"{failure}; the run is not started again: {SPENT}")
+    text = f"warning: {failure}; it is started again, {account.where} (restart {account.used} of {account.limit})"
+    say(console, text, "yellow")
 
 
 def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
@@ -89,12 +130,20 @@ def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
     return index_data(recipe, run, begin=lambda: run.store_recipe(dump_recipe(recipe, loaded.secrets)))
 
 
-def _train(loaded: LoadedRecipe, run: RunDirectory, find: Callable[[], Nodes], console: Console) -> int:
-    from .supervisor import supervise
+def _train(
+    loaded: LoadedRecipe, run: RunDirectory, find: Callable[[], Nodes], console: Console, beginning: Beginning
+) -> int:
+    from .supervisor import ClusterLost, supervise
 
-    nodes = find()
-    with make_view(console) as view:
-        ending = supervise(loaded, nodes, view)
+    try:
+        nodes = find()
+        with make_view(console) as view:
+            ending = supervise(loaded, nodes, view)
+    except ClusterLost as error:
+        if not beginning.is_kept:
+            raise
+        _spend(run, loaded, beginning, Failure("cluster", "again", str(error)), console)
+        return AGAIN
     if ending.outcome == "failed" and (attempts := run.attempts()):
         # Rank 0 may have been ended before it could say so; if it has, its word stays.
         run.finish_attempt(attempts[-1].number, "failed", ending.message)

@@ -9,6 +9,7 @@ from typing import Any
 from ..distributed.checkpoint.commit import list_commits
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import FtlaunchError
+from .budget import read_failures
 from .goodput.bar import SMALL_S, ledger_line
 from .history import History, read_history
 from .job_state import ask
@@ -39,8 +40,11 @@ def status_lines(run: RunDirectory) -> list[str]:
     if record.steps:
         lines.append(step_line(record.steps[-1], None))
     if record.evaluations:
-        last = record.evaluations[-1]
-        lines.append(f"evaluated at step {last.step}: {losses_line(last.losses)}")
+        evaluated = record.evaluations[-1]
+        lines.append(f"evaluated at step {evaluated.step}: {losses_line(evaluated.losses)}")
+    if failures := read_failures(run):
+        last = failures[-1]
+        lines.append(f"failed and went on {len(failures)} times, last at {last.at}: {last.says}")
     problems: list[str] = []
     commits = list_commits(run.url, problems.append)
     steps = ", ".join(str(commit.step) for commit in commits) or "none"

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,12 +20,15 @@ from ..cluster.table import build_cluster
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema_cluster import ClusterConfig, RayCluster
-from .control import Control, Ending
+from ..recipes.schema_nodes import NodeRange, least_nodes
+from .control import Ending
 from .doctor.preflight import on_fit_nodes
+from .failure import Failure
 from .hardware import Machine
 from .imports import import_all
 from .package import write_package
 from .plan_world import WorldPlan, plan_world, world_of
+from .supervision import SPENT, build_supervision, build_trainer, start_control
 from .unknown import Unknown
 from .view import View
 
@@ -39,12 +41,12 @@ TRAINER_IMPORTS = ("ray.train", "ftlaunch.launcher.ray_train_compat", "ftlaunch.
 ROOM_POLLS = 50
 """Without a word from the ranks, after which the user is told what the cluster is short of: 10 s."""
 
-MAX_STARTS = 15
-"""Tries to place the ranks, of a minute each while the cluster has no room for them; Ray's own way is to try for
-ever."""
+CONTROL_S = 30.0
+"""For this machine's own Ray to answer; without it nothing can be driven."""
 
-MAX_RESTARTS = 3
-"""Times the ranks are started again after a failure of a machine; a user's mistake is never tried twice."""
+
+class ClusterLost(InfrastructureError):
+    """Ray itself has ended: what drives the run has to begin anew."""
 
 
 def find_demand(config: ClusterConfig, machine: Machine) -> Demand:
@@ -59,35 +61,39 @@ def find_demand(config: ClusterConfig, machine: Machine) -> Demand:
     offer = ask(config)
     gpus = offer.gpus_per_node if config.gpus_per_node is None else config.gpus_per_node
     world = world_of(config, gpus)
-    return _demand(world, offer.cpus_per_node // world.ranks_per_node)
+    least = least_nodes(config.nodes) if isinstance(config.nodes, NodeRange) else None
+    return _demand(world, offer.cpus_per_node // world.ranks_per_node, least)
 
 
-def _demand(world: WorldPlan, cpus_per_rank: int) -> Demand:
+def _demand(world: WorldPlan, cpus_per_rank: int, least_nodes: int | None = None) -> Demand:
     """Ray hands a rank as many threads as it is given cores."""
     return Demand(
         nodes=world.nodes,
         ranks=world.ranks,
         uses_gpus=world.device == "cuda",
         cpus_per_rank=max(1, cpus_per_rank),
+        least_nodes=least_nodes,
     )
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """What a run asks for, and the cluster that has it."""
+    """What a run asks for, and the cluster that has it. `launch`: the command that the run's failures are counted for
+    (see `budget.py`)."""
 
     demand: Demand
     cluster: Cluster
+    launch: str
 
 
-def find_nodes(config: ClusterConfig, machine: Machine) -> Nodes:
+def find_nodes(config: ClusterConfig, machine: Machine, launch: str) -> Nodes:
     """Those that a recipe asks for, to be joined from here. Raises as `find_demand` does."""
     demand = find_demand(config, machine)
-    return Nodes(demand, build_cluster(config, demand))
+    return Nodes(demand, build_cluster(config, demand), launch)
 
 
 def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
-    """Train; returns how it ended. Raises UserError and InfrastructureError for what never started."""
+    """Train; returns how it ended. Raises UserError and InfrastructureError for what never started, and ClusterLost."""
     if problems := nodes.cluster.problems():
         raise UserError("\n".join(problems))
     view.update({"kind": "phase", "phase": "starting Ray"})
@@ -98,7 +104,7 @@ def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
         view.update({"kind": "message", "level": "warning", "text": text})
 
     with _up(nodes.cluster), _room(loaded.recipe.cluster, nodes.demand, view), on_fit_nodes(loaded, nodes.demand, warn):
-        return _Training(loaded, nodes.demand, view).run()
+        return _Training(loaded, nodes, view).run()
 
 
 def _room(config: ClusterConfig, demand: Demand, view: View) -> contextlib.AbstractContextManager[None]:
@@ -123,37 +129,47 @@ def _up(cluster: Cluster) -> Iterator[None]:
 @dataclass
 class _Training:
     loaded: LoadedRecipe
-    demand: Demand
+    nodes: Nodes
     view: View
     error: BaseException | None = None
     _interrupts: int = 0
     _begun: bool = False
     """Whether a rank has said anything."""
     _control: Any = field(default=None)
+    _verdict: Failure | None = None
+    """With what Ray Train was told to give up."""
 
     def run(self) -> Ending:
-        import ray
-
-        # "ray.remote" as a function: the actor's class stays a plain one that tests use without Ray.
-        self._control = ray.remote(num_cpus=0)(Control).remote()
+        self._control = start_control()
         fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         with _interrupts_to(self._on_interrupt):
             fit.start()
             ending = self._watch(fit)
-        if ending is None:
-            raise InfrastructureError(f"the ranks failed and could not be started again: {self.error}")
-        return ending
+        return ending or self._give_up()
+
+    def _give_up(self) -> Ending:
+        """What the ranks could not say themselves. Raises ClusterLost where it was Ray that failed."""
+        if self._verdict is None:
+            raise ClusterLost(f"Ray failed: {self.error}")
+        if self._verdict.response == "stop":
+            traceback = f"\n{self.error}" if self._verdict.kind == "bug" else ""
+            return Ending("failed", f"{self._verdict}{traceback}", self._verdict.exit_code)
+        return Ending("failed", f"{self._verdict}; the ranks are not started again: {SPENT}", 2)
 
     def _watch(self, fit: threading.Thread) -> Ending | None:
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
         for polls in itertools.count():
             fit.join(POLL_S)
             if polls == ROOM_POLLS and not self._begun:
                 self._say_what_is_missing()
             over = not fit.is_alive()
-            events, ending = ray.get(self._control.take.remote())
-            self._begun = self._begun or bool(events)
+            try:
+                events, ending = ray.get(self._control.take.remote(), timeout=CONTROL_S)
+            except (RayError, GetTimeoutError) as error:
+                raise ClusterLost(f"Ray on this machine does not answer any more: {error}") from error
+            self._begun = self._begun or any("launcher" not in event for event in events)
             for event in events:
                 self.view.update(event)
             if ending is not None and ending.outcome == "failed":
@@ -173,14 +189,14 @@ class _Training:
 
         if all(group["state"] != "PENDING" for group in placement_group_table().values()):
             return
-        free = ray.available_resources()
+        free, demand = ray.available_resources(), self.nodes.demand
         short = [
-            f"{each * self.demand.ranks:g} {resource} (free: {free.get(resource, 0):g})"
-            for resource, each in self.demand.resources_per_rank.items()
-            if free.get(resource, 0) < each * self.demand.ranks
+            f"{each * demand.ranks:g} {resource} (free: {free.get(resource, 0):g})"
+            for resource, each in demand.resources_per_rank.items()
+            if free.get(resource, 0) < each * demand.ranks
         ]
         if short:
-            text = f"waiting for room: {self.demand.ranks} ranks need {' and '.join(short)}; Ctrl-C gives up"
+            text = f"waiting for room: {demand.ranks} ranks need {' and '.join(short)}; Ctrl-C gives up"
             self.view.update({"kind": "message", "level": "warning", "text": text})
 
     def _on_interrupt(self) -> None:
@@ -194,40 +210,14 @@ class _Training:
         """In a thread, because Ray Train's own Ctrl-C handling, which aborts, installs itself in the main one."""
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         try:
-            with tempfile.TemporaryDirectory(prefix="ftlaunch-ray-") as storage:
-                self._trainer(Path(storage)).fit()
+            supervision = build_supervision(self.loaded, self.nodes.demand, self.nodes.launch, self._control)
+            try:
+                with tempfile.TemporaryDirectory(prefix="ftlaunch-ray-") as storage:
+                    build_trainer(self.loaded, self.nodes.demand, self._control, supervision, Path(storage)).fit()
+            finally:
+                self._verdict = supervision.failures.verdict
         except Exception as error:  # handed to the main thread
             self.error = error
-
-    def _trainer(self, storage: Path) -> Any:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-        from .ray_train_compat import LeanTrainer
-        from .worker import RendezvousConfig, WorkerConfig, train_worker
-
-        worker = WorkerConfig(
-            loaded=self.loaded,
-            control=self._control,
-            command=tuple(sys.argv),
-            folder=str(Path.cwd()),
-            uses_gpus=self.demand.uses_gpus,
-        )
-        return LeanTrainer(
-            train_worker,
-            train_loop_config={"worker": worker},
-            backend_config=RendezvousConfig(),
-            scaling_config=ScalingConfig(
-                num_workers=self.demand.ranks,
-                use_gpu=self.demand.uses_gpus,
-                resources_per_worker=self.demand.resources_per_rank,
-            ),
-            run_config=RunConfig(
-                name=self.loaded.recipe.name,
-                # Ray Train's own state is of no use after this process; ours is in the run directory.
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=MAX_STARTS),
-            ),
-        )
 
 
 @contextlib.contextmanager

@@ -18,13 +18,21 @@ from ray.train.backend import Backend
 from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted
 from ..recipes.problems import located
 from ..recipes.redact import redact
+from . import spot
 from .control import Ending, RayMonitor
+from .failure import Preempted, Resized
 from .rank_log import RankLog
+from .ray_logs import logs_folder
+from .ray_train_compat import warm_up
+from .stacks import dump_on_signal
 
 if TYPE_CHECKING:
     from ..recipes.load import LoadedRecipe
 
 RENDEZVOUS = "FTLAUNCH_RENDEZVOUS"
+
+MOVES = {"resize": Resized, "preempted": Preempted}
+"""What ranks raise when they have saved and left, by `Move.kind`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ class WorkerConfig:
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker.
 
-    A mistake of the user's ends the run at once: it is told to the launcher and not raised, because Ray Train would
-    start the workers again. Anything else is raised, and they are.
+    A mistake of the user's is told to the launcher. Anything else is raised, and so is what lets ranks be started again
+    after they have saved; `failure.py` says what is done then.
     """
     worker: WorkerConfig = config["worker"]
     if os.path.isdir(worker.folder):  # noqa: PTH112 - pathlib has no chdir before 3.11's contextlib one
@@ -51,7 +59,13 @@ def train_worker(config: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     if rank == 0:
         worker.control.begin.remote()
+    dump_on_signal(logs_folder())
+    if context.get_local_rank() == 0:
+        node = ray.get_runtime_context().get_node_id()
+        spot.watch(lambda: worker.control.notice.remote(node), spot.cloud_of(), spot.fetching())
     ending = _logged(worker, context, RayMonitor(worker.control, speaks=rank == 0))
+    if ending.outcome == "interrupted" and (move := ray.get(worker.control.why_leave.remote())):
+        raise MOVES[move.kind](move.says)
     if rank == 0 or ending.outcome == "failed":
         ray.get(worker.control.end.remote(ending, rank))
 
@@ -72,8 +86,6 @@ def _logged(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
 
 
 def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor, log: RankLog) -> Ending:
-    from .ray_train_compat import warm_up
-
     warm_up.join()
     from ..distributed.entry import Job, run_rank
 

@@ -19,6 +19,7 @@ from .naming import best_metric, eval_names, source_names
 from .problems import Problem
 from .schema import EvalSplit, Lora, Recipe, Source, Train
 from .schema_cluster import SshCluster
+from .schema_nodes import NodeRange
 from .schema_strategy import Deepspeed
 
 _LOW_ADAPTER_RATE = 5e-5
@@ -280,6 +281,13 @@ def adapters_under_deepspeed(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("adapter.type", "a base in 4 bits is not laid out by DeepSpeed", remedy)
 
 
+def node_range(recipe: Recipe) -> Iterator[Problem]:
+    """At least so many nodes, at most so many."""
+    nodes = recipe.cluster.nodes
+    if isinstance(nodes, NodeRange) and nodes.min > nodes.max:
+        yield Problem("cluster.nodes", f"min ({nodes.min}) is above max ({nodes.max})", "swap them, or give one number")
+
+
 def hosts_in_one_place(recipe: Recipe) -> Iterator[Problem]:
     """An ssh cluster's hosts are listed in the recipe, or in a file; each once."""
     cluster = recipe.cluster
@@ -299,6 +307,7 @@ CHECKS: tuple[Check, ...] = (
     Check(kubernetes_volumes, ("cluster",)),
     Check(kubernetes_keys, ("cluster",)),
     Check(kubernetes_queues, ("cluster",)),
+    Check(node_range, ("cluster",)),
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),
     Check(source_epochs, ("data", "train")),

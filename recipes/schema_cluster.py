@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .schema_kubernetes import KubernetesCluster
+from .schema_nodes import Cluster, NodeRange
 from .section import NonNegativeInt, PositiveInt, Section, VariablePattern
 
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:%-]*$", max_length=253)]
@@ -19,7 +20,7 @@ SlurmOption = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f
 MailType = Literal["BEGIN", "END", "FAIL", "REQUEUE", "ALL", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"]
 
 
-class LocalCluster(Section):
+class LocalCluster(Cluster):
     """Ray on this machine, started for the run."""
 
     type: Literal["local"] = "local"
@@ -31,14 +32,14 @@ class LocalCluster(Section):
     """Ranks per node where there are no GPUs; None: 1."""
 
 
-class RayCluster(Section):
+class RayCluster(Cluster):
     """A Ray cluster that is already running."""
 
     type: Literal["ray"] = "ray"
     address: str = "auto"
     """`auto` (found on this machine), or HOST:PORT of the head."""
-    nodes: PositiveInt = 1
-    """Nodes to use."""
+    nodes: PositiveInt | NodeRange = 1
+    """Nodes to use: a number, or {min: 6, max: 8}."""
     gpus_per_node: NonNegativeInt | None = None
     """GPUs per node, one rank each; None: what each node of the cluster offers."""
     processes_per_node: PositiveInt | None = None
@@ -50,7 +51,7 @@ class RayCluster(Section):
     it scales, and not at all elsewhere."""
 
 
-class SshCluster(Section):
+class SshCluster(Cluster):
     """Hosts that we can log in to with OpenSSH: Ray is started on them for the run, and gone with it. The run goes on
     without the machine that submitted it."""
 
@@ -60,8 +61,8 @@ class SshCluster(Section):
     rank 0. Either this or hostfile."""
     hostfile: str | None = None
     """A file with one host a line; `#` begins a remark."""
-    nodes: PositiveInt | None = None
-    """Nodes to use, the first ones; None: all hosts."""
+    nodes: PositiveInt | NodeRange | None = None
+    """Nodes to use, the first ones: a number, or {min: 6, max: 8}; None: all hosts."""
     gpus_per_node: NonNegativeInt | None = None
     """GPUs per node, one rank each; None: what each host has."""
     processes_per_node: PositiveInt | None = None
@@ -95,7 +96,7 @@ class SlurmContainer(Section):
     """PATH or FROM:TO, besides the folder of the runs and the one where `ftlaunch` is called."""
 
 
-class SlurmCluster(Section):
+class SlurmCluster(Cluster):
     """Nodes that Slurm gives: one job, submitted by sbatch, in which Ray is started on every node. At its time limit,
     or when its nodes are taken away, it saves, goes back into the queue, and on from there. Inside an allocation
     (salloc) it takes that one's nodes."""

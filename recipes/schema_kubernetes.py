@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .schema_nodes import Cluster
 from .section import NonNegativeInt, PositiveInt, Section, VariablePattern
 
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]+(-+[a-z0-9]+)*$", max_length=63)]
@@ -43,7 +44,7 @@ class Volume(Section):
     """Whether nothing may be written."""
 
 
-class KubernetesCluster(Section):
+class KubernetesCluster(Cluster):
     """Pods of a Kubernetes cluster with KubeRay: a RayJob is made for the run, and gone with it. The run goes on
     without the machine that submitted it."""
 

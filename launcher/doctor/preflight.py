@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from ...cluster.base import Demand
 from ...cluster.existing import nodes_for_ranks
-from ...cluster.ssh_hosts import hosts_of, node_count
+from ...cluster.ssh_hosts import hosts_of, needed_count, node_count
 from ...recipes.errors import InfrastructureError
 from ...recipes.load import LoadedRecipe
 from ...recipes.schema_cluster import SshCluster
+from ...recipes.schema_nodes import NodeRange
 from .command import findings_of, unfit_text, wanted_of
 from .examine import Say, examine
 from .judge import Finding, judge, unfit
@@ -35,14 +36,15 @@ def with_fit_hosts(loaded: LoadedRecipe, environ: Mapping[str, str], say: Say) -
     findings = findings_of(config, wanted, lambda _line: None)
     bad = _told(findings, say)
     good = tuple(host for host in hosts_of(config) if host not in bad)
-    if len(good) < node_count(config):
+    if len(good) < needed_count(config):
         raise InfrastructureError(
-            f"{unfit_text(bad)}\n{node_count(config)} nodes are asked for, and {len(good)} are fit. Mend them, name "
+            f"{unfit_text(bad)}\n{needed_count(config)} nodes are asked for, and {len(good)} are fit. Mend them, name "
             f"other hosts, or ask for fewer (--nodes {max(1, len(good))}); cluster.doctor=false goes without this look."
         )
     if not bad:
         return loaded
-    changed = config.model_copy(update={"hosts": good, "hostfile": None, "nodes": node_count(config)})
+    nodes = config.nodes if isinstance(config.nodes, NodeRange) else node_count(config)
+    changed = config.model_copy(update={"hosts": good, "hostfile": None, "nodes": nodes})
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": changed}))
 
 
@@ -60,9 +62,9 @@ def on_fit_nodes(loaded: LoadedRecipe, demand: Demand, say: Say) -> Iterator[Non
             bad = _told(judge(examine(prober, wanted, lambda _line: None)), say)
             fit = [resources for node, resources in prober.resources.items() if node not in bad]
             enough = nodes_for_ranks(fit, 1 if demand.uses_gpus else 0)
-            if len(enough) < demand.nodes:
+            if len(enough) < (needed := demand.needed_nodes):
                 raise InfrastructureError(
-                    f"{unfit_text(bad)}\n{demand.nodes} nodes are asked for, and {len(enough)} are fit. Mend them, or "
+                    f"{unfit_text(bad)}\n{needed} nodes are asked for, and {len(enough)} are fit. Mend them, or "
                     f"ask for fewer (--nodes {max(1, len(enough))}); cluster.doctor=false goes without this look."
                 )
             holds.enter_context(held(prober, list(bad)))

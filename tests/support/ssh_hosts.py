@@ -80,16 +80,22 @@ class Host:
 
     def processes(self, marker: str) -> list[str]:
         """Command lines on it that contain `marker`."""
-        return [" ".join(process.cmdline()) for process in self._found(marker)]
+        return [" ".join(process.cmdline()) for process in self.found(marker)]
 
     def end(self, marker: str) -> int:
         """SIGKILL to those processes; how many there were."""
-        found = self._found(marker)
+        found = self.found(marker)
         for process in found:
             process.kill()
         return len(found)
 
-    def _found(self, marker: str) -> list[psutil.Process]:
+    def end_program(self, name: str) -> None:
+        """SIGKILL to the only process of a program."""
+        [process] = [process for process in self.found("") if process.name() == name]
+        process.kill()
+
+    def found(self, marker: str) -> list[psutil.Process]:
+        """Processes on it whose command lines contain `marker`."""
         here = os.readlink(f"/proc/{self.init}/ns/pid")
         found = []
         for process in psutil.process_iter():

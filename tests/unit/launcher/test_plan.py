@@ -20,6 +20,7 @@ from ftlaunch.launcher.unknown import Unknown
 from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.schema import Recipe
 from ftlaunch.recipes.schema_cluster import LocalCluster, RayCluster
+from ftlaunch.recipes.schema_nodes import NodeRange
 
 from .conftest import CONFIG, HIDDEN, INNER, LAYERS, VOCABULARY
 
@@ -47,6 +48,7 @@ def recipe(**sections: object) -> Recipe:
         (LocalCluster(gpus_per_node=0, processes_per_node=2), 8, WorldPlan(1, 2, "cpu")),
         (RayCluster(nodes=4, gpus_per_node=8), 0, WorldPlan(4, 8, "cuda")),
         (RayCluster(nodes=4, gpus_per_node=0), 0, WorldPlan(4, 1, "cpu")),
+        (RayCluster(nodes=NodeRange(min=2, max=3), gpus_per_node=2), 0, WorldPlan(3, 2, "cuda")),
     ],
 )
 def test_the_world(cluster, gpus, world):

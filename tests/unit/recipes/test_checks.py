@@ -294,6 +294,13 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             {"data": {"train": [A], "eval": [{**REMOTE, "storage_options": {"anon": True}}]}},
         ),
     ],
+    "node_range": [
+        (
+            {"cluster": {"type": "ray", "nodes": {"min": 8, "max": 6}}},
+            "cluster.nodes",
+            {"cluster": {"type": "ray", "nodes": {"min": 6, "max": 6}}},
+        ),
+    ],
     "hosts_in_one_place": [
         ({"cluster": {"type": "ssh"}}, "cluster.hosts", {"cluster": {"type": "ssh", "hosts": ["a", "b"]}}),
         (

@@ -1,0 +1,73 @@
+"""A driver that begins where another has died, and one under which Ray ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ftlaunch.cluster.restarts import AGAIN
+from ftlaunch.distributed.again import Flags
+from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.launcher import start, supervisor
+from ftlaunch.launcher.budget import read_failures
+from ftlaunch.launcher.control import Ending
+from ftlaunch.launcher.keep import Beginning
+from ftlaunch.recipes.errors import InfrastructureError, UserError
+from ftlaunch.recipes.load import LoadedRecipe, load_recipe
+
+KILLED = "the driver was killed (SIGKILL)"
+
+
+@pytest.fixture
+def loaded(place: Path) -> LoadedRecipe:
+    return load_recipe(place / "bot.yaml", [], environ={})
+
+
+def drive(loaded: LoadedRecipe, beginning: Beginning, monkeypatch, ending: Ending | Exception) -> tuple[int, str]:
+    """Exit code and what is said."""
+
+    def supervise(*_: object) -> Ending:
+        if isinstance(ending, Exception):
+            raise ending
+        return ending
+
+    monkeypatch.setattr(supervisor, "supervise", supervise)
+    console = Console(width=200, record=True, force_terminal=False)
+    code = start.run_on(lambda: None, loaded, Flags(), console, beginning)
+    return code, " ".join(console.export_text().split())
+
+
+def run_of(loaded: LoadedRecipe) -> RunDirectory:
+    return RunDirectory(f"{loaded.recipe.checkpoint.path}/{loaded.recipe.name}")
+
+
+def test_a_driver_that_takes_over_says_why_and_counts_it(loaded, monkeypatch):
+    run_of(loaded).claim_attempt(world_size=1, command=())  # by this very process, which is alive
+    monkeypatch.setattr(start, "OLD_RANKS_S", 0.0)
+    with pytest.raises(UserError, match="is running"):
+        drive(loaded, Beginning("two"), monkeypatch, Ending("failed", "no", 1))
+    code, said = drive(loaded, Beginning("one", KILLED, is_kept=True), monkeypatch, Ending("failed", "no", 1))
+    assert code == 1
+    assert f"warning: {KILLED}; it is started again, from the beginning" in said
+    assert [(one.kind, one.by, one.launch) for one in read_failures(run_of(loaded))] == [("driver", "driver", "one")]
+
+
+def test_drivers_that_die_too_often_are_not_started_again(loaded, monkeypatch):
+    for _ in range(loaded.recipe.cluster.max_restarts):
+        drive(loaded, Beginning("one", KILLED, is_kept=True), monkeypatch, Ending("failed", "no", 2))
+    with pytest.raises(InfrastructureError, match=r"not started again: .*cluster.max_restarts"):
+        drive(loaded, Beginning("one", KILLED, is_kept=True), monkeypatch, Ending("failed", "no", 2))
+
+
+def test_ray_that_ends_is_begun_anew_by_who_looks_after_the_driver(loaded, monkeypatch):
+    lost = supervisor.ClusterLost("Ray on this machine does not answer any more")
+    code, said = drive(loaded, Beginning("one", is_kept=True), monkeypatch, lost)
+    assert code == AGAIN
+    assert "does not answer any more; it is started again" in said
+    code, _ = drive(loaded, Beginning("one", "", is_kept=True), monkeypatch, Ending("failed", "no", 2))
+    assert code == 2
+    assert [one.kind for one in read_failures(run_of(loaded))] == ["cluster"]  # once
+    with pytest.raises(supervisor.ClusterLost):
+        drive(loaded, Beginning("two"), monkeypatch, lost)
