@@ -28,6 +28,9 @@ PARTS = {
 }
 """What each part means, in the order in which they are shown."""
 
+MOMENT_S = 1.0
+"""To which the times of failures are kept."""
+
 ENDED_WELL = frozenset({"finished", "interrupted"})
 
 
@@ -74,9 +77,14 @@ class Ledger:
 
 
 def make_ledger(
-    lives: Sequence[Life], waits: Sequence[Wait], metrics: Iterable[Line], events: Iterable[Line]
+    lives: Sequence[Life],
+    waits: Sequence[Wait],
+    metrics: Iterable[Line],
+    events: Iterable[Line],
+    failures: Sequence[float] = (),
 ) -> Ledger:
-    """The ledger of attempts, the oldest first, from what they wrote down."""
+    """The ledger of attempts, the oldest first, from what they wrote down; `failures`: when something was met by
+    starting the run again, in seconds since 1970."""
     ready, (kept, taken_back) = _ready_times(events), split(metrics)
     counted, lost = _by_attempt(kept), _by_attempt(taken_back)
     spent: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
@@ -89,7 +97,7 @@ def make_ledger(
     paused_s = 0.0
     for before, after in pairwise([None, *lived]):
         assert after is not None, "only the first has none before it"
-        gap = _gap(before, after, waits)
+        gap = _gap(before, after, waits, failures)
         paused_s += gap.pop("paused", 0.0)
         spent.update(gap)
     return Ledger(dict(spent), paused_s)
@@ -138,7 +146,7 @@ def _sum(lines: Sequence[Line], kind: str, key: str) -> float:
     return sum(float(line.get(key, 0.0)) for line in lines if line["kind"] == kind)
 
 
-def _gap(before: Life | None, after: Life, waits: Sequence[Wait]) -> dict[str, float]:
+def _gap(before: Life | None, after: Life, waits: Sequence[Wait], failures: Sequence[float]) -> dict[str, float]:
     """What happened between two attempts, or before the first."""
     since = float("-inf") if before is None else before.ended
     wait = next((wait for wait in reversed(waits) if since <= wait.began <= after.began), None)
@@ -146,6 +154,8 @@ def _gap(before: Life | None, after: Life, waits: Sequence[Wait]) -> dict[str, f
         if before is None:
             return {}
         idle = after.began - before.ended
+        if any(before.ended - MOMENT_S <= failure <= after.began for failure in failures):
+            return {"down": idle}  # it had saved and left, to be started again by itself: on other nodes, say
         # A cluster that ends a run and starts it again by itself (preemption) has it wait, and nobody has paused it.
         again = "waiting" if waits and before.outcome == "interrupted" and waits[-1].began <= since else "paused"
         return {again if before.outcome in ENDED_WELL else "down": idle}

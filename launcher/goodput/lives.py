@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from ...distributed.run_directory import AttemptInfo, RunDirectory
+from ..budget import read_failures
 from ..record import Line
 from ..submissions import Submission, all_submissions
 from .ledger import Ledger, Life, Wait, make_ledger
@@ -23,7 +24,8 @@ def read_ledger(run: RunDirectory, metrics: Iterable[Line], events: Iterable[Lin
         for attempt in run.attempts()
     ]
     waits = [wait for submission in all_submissions(run) if (wait := _wait(submission))]
-    return make_ledger(lives, waits, metrics, events)
+    failures = [_seconds(failure.at) for failure in read_failures(run)]
+    return make_ledger(lives, waits, metrics, events, failures)
 
 
 def _ended(run: RunDirectory, attempt: AttemptInfo, signs: Mapping[int, float]) -> Life:

@@ -90,6 +90,13 @@ def test_a_cluster_that_preempts_and_starts_again_has_the_run_wait():
     assert ledger.paused_s == 0.0
 
 
+def test_ranks_that_saved_and_left_for_other_nodes_were_down_and_not_paused():
+    lives = [Life(1, 0.0, 20.6, "interrupted"), Life(2, 30.0, 40.0, "interrupted"), Life(3, 90.0, 95.0, "finished")]
+    ledger = make_ledger(lives, [], [], [ready(number, 0.0) for number in (1, 2, 3)], failures=[20.0])
+    assert ledger.seconds["down"] == pytest.approx(9.4)
+    assert ledger.paused_s == pytest.approx(50.0)
+
+
 def test_an_attempt_that_never_trained_is_start_up():
     ledger = make_ledger([Life(1, 0.0, 30.0, "failed")], [], [], [])
     assert ledger.seconds["start-up"] == 30.0
