@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..cluster.base import Demand, Driver, Need, SubmittedCluster
+from ..cluster.base import Demand, Driver, Need, Record, SubmittedCluster
 from ..cluster.table import build_submitted, find_submitted, is_run_here
 from ..distributed import storage
 from ..distributed.again import Flags
@@ -57,7 +57,7 @@ def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], conso
         if is_run_here(loaded.recipe.cluster):
             submissions.expect(run, record)
         _say_submitted(console, run.url, record["job"], cluster.standing() or "has begun")
-        return 0 if detach else follow(cluster, run, console)
+        return 0 if detach else follow(cluster, run, record, console)
     finally:
         cluster.down()
 
@@ -124,7 +124,7 @@ def job_of(loaded: LoadedRecipe, flags: Flags) -> Any:
     return job
 
 
-def follow(cluster: SubmittedCluster, run: RunDirectory, console: Console) -> int:
+def follow(cluster: SubmittedCluster, run: RunDirectory, record: Record, console: Console) -> int:
     """Show what the driver prints, to its end or to Ctrl-C, which only lets go; the exit code."""
     shown: list[bytes] = []
 
@@ -135,10 +135,10 @@ def follow(cluster: SubmittedCluster, run: RunDirectory, console: Console) -> in
     try:
         code = cluster.follow(show)
         cluster.stop("now")  # the driver has ended: wait until its nodes are clean
-        _write_down(run, code, shown)
+        _write_down(run, record, code, shown)
     except FtlaunchError as error:
         if cluster.standing() is None:
-            _write_down(run, error.exit_code, shown)
+            _write_down(run, record, error.exit_code, shown)
         raise
     except KeyboardInterrupt:
         say(console, "let go: the run goes on; `ftlaunch attach RUN` follows it again, `ftlaunch stop RUN` ends it")
@@ -146,10 +146,11 @@ def follow(cluster: SubmittedCluster, run: RunDirectory, console: Console) -> in
     return code
 
 
-def _write_down(run: RunDirectory, code: int, shown: Sequence[bytes] = ()) -> None:
-    """How a submission ended whose driver could not say so, or never began; then what it printed too."""
+def _write_down(run: RunDirectory, record: Record, code: int, shown: Sequence[bytes] = ()) -> None:
+    """How a submission ended whose driver could not say so, or never began; then what it printed too. One that was
+    refused is not in the run directory: the newest there is another, which may be running."""
     submission = submissions.latest(run)
-    if submission is None or submission.exit_code is not None:
+    if submission is None or submission.exit_code is not None or submission.record["job"] != record["job"]:
         return
     if shown and not submissions.read_log(run, submission.name):
         submissions.write_log(run, submission.name, b"".join(shown))
@@ -214,7 +215,7 @@ def attach(run: RunDirectory) -> int:
         return submission.exit_code
     cluster = find_submitted(submission.record)
     try:
-        return follow(cluster, run, Console())
+        return follow(cluster, run, submission.record, Console())
     finally:
         cluster.down()
 
@@ -228,6 +229,6 @@ def stop(run: RunDirectory, *, now: bool) -> int:
         cluster.stop("now" if now else "save")
     finally:
         cluster.down()
-    _write_down(run, Interrupted.exit_code)
+    _write_down(run, submission.record, Interrupted.exit_code)
     say(console, f"job {submission.record['job']} is over, and nothing of it is left on its nodes")
     return 0

@@ -160,7 +160,8 @@ def test_another_recipe_is_refused(folder, prepared, change, says):
     code, said = run_forked(1, ["recipe.prepared.yaml", "name=other", change], folder)
     assert code == 1
     assert says in said
-    assert cli.main(["prepare", str(folder / "recipe.yaml"), change, "--to", str(prepared[0])]) == 1
+    code, said = run(ftlaunch("prepare", "recipe.yaml", change, "--to", str(prepared[0])), folder)
+    assert code == 1, said
 
 
 def test_mistakes_are_named_together(tmp_path, capsys):

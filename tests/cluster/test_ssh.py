@@ -223,7 +223,7 @@ def test_a_detached_run_goes_on_is_stopped_saves_and_goes_on(hosts, work):
     attached = Command(ftlaunch("attach", "long"), work)
     assert attached.wait_until(lambda: "step " in attached.text), attached.text
     attached.interrupt()
-    assert attached.wait() == 0
+    assert attached.wait() == 0, attached.text
     assert "let go: the run goes on" in attached.text
 
     code, said = run(ftlaunch("status", "long"), work)
@@ -264,7 +264,7 @@ def test_two_jobs_share_hosts_and_what_died_is_cleaned(hosts, work):
     assert len(read_run(second).steps) == 3
     wait_until(lambda: reached(first, 1), "the first job does not train")
     assert hosts.members["beta"].end("host_keeper") >= 1
-    assert hosts.members["alpha"].end("bin/drive") == 1
+    assert hosts.members["alpha"].end("bin/drive") >= 1
     code, said = run(ftlaunch("stop", "--now", "first"), work)
     assert code == 0, said
     assert left(hosts) == {}

@@ -37,8 +37,10 @@ def rank_alone(*arguments: str) -> list[str]:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """One thread per rank, so that runs repeat bit for bit however many ranks share the machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+    """One thread per rank, so that runs repeat bit for bit however many ranks share the machine; and nothing that a
+    test in this process has set for its own Ray."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**inherited, "OMP_NUM_THREADS": "1", **(extra or {})}
 
 
 class Running(ABC):

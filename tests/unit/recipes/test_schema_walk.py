@@ -40,6 +40,7 @@ PODS = {"type": "kubernetes", **NEEDED["kubernetes"]}
 WITHIN: dict[str, dict[str, Any]] = {
     "cluster.volumes[]": {**PODS, "volumes": [{"claim": "a", "path": "/a"}]},
     "cluster.tolerations[]": {**PODS, "tolerations": [{"key": "a"}]},
+    "cluster.nodes": {"type": "ray", "nodes": {"min": 1, "max": 2}},
     "cluster.container": {"type": "slurm", "container": {"runtime": "pyxis", "image": "x"}},
 }
 """Sections that only some kinds of a section have: in which."""
