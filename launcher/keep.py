@@ -56,8 +56,8 @@ def keep(drive: Callable[[Beginning], int]) -> int:
         os.set_blocking(heard, False)  # what the driver has started may hold the other end
         again = None if stopped else why_again(code, spoke=_read(heard) != b"")
         os.close(heard)
-        if (stopped and code < 0) or stopped > 1:
-            return Interrupted.exit_code  # it was asked to end, and has; the second time at once, with whatever code
+        if stopped and code < 0:
+            return Interrupted.exit_code  # it was asked to end, and has
         if again is None or not ends.ended():
             return final(code)
         beginning = Beginning(beginning.launch, again, is_kept=True)
@@ -86,8 +86,8 @@ def _live_as_long_as_parent() -> None:
         sys.exit(1)
 
 
-def _wait(child: int) -> tuple[int, int]:
-    """The child's exit code, and how often it was asked to stop. Signals are passed on."""
+def _wait(child: int) -> tuple[int, bool]:
+    """The child's exit code, and whether it was asked to stop. Signals are passed on."""
     asked = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -100,4 +100,4 @@ def _wait(child: int) -> tuple[int, int]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return os.waitstatus_to_exitcode(status), len(asked)
+    return os.waitstatus_to_exitcode(status), bool(asked)

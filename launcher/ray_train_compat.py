@@ -12,11 +12,13 @@ through Ray Train, or uses Ray Data.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -68,12 +70,25 @@ class Supervision:
     watch: Watch
 
 
+class GivenUp(Exception):
+    """What `fit` raises after `give_up`."""
+
+
 class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
     """`DataParallelTrainer` with its controller in this process. `fit` must not be called in the main thread."""
 
     def __init__(self, *arguments: Any, supervision: Supervision, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._supervision = supervision
+        self._given_up = threading.Event()
+        self._cancel: Callable[[], object] = lambda: None
+
+    def give_up(self) -> None:
+        """Have `fit` raise GivenUp soon, whatever the ranks do; from any thread. Ray must not be shut down below a
+        controller that is at work."""
+        self._given_up.set()
+        with contextlib.suppress(RuntimeError):  # its loop has just been closed
+            self._cancel()
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, UNUSED)]
@@ -81,8 +96,21 @@ class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         controller = LeanController(self._supervision, settings)
         _hush_console()
-        asyncio.run(controller.run())
+        try:
+            asyncio.run(self._run(controller))
+        except asyncio.CancelledError:
+            raise GivenUp from None
         return controller.get_result()
+
+    async def _run(self, controller: LeanController) -> None:
+        task = asyncio.ensure_future(controller.run())
+        self._cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        if self._given_up.is_set():
+            task.cancel()
+        try:
+            await task
+        finally:
+            self._cancel = lambda: None  # the loop will be closed
 
 
 def _hush_console() -> None:

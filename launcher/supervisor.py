@@ -136,18 +136,25 @@ class _Training:
     _begun: bool = False
     """Whether a rank has said anything."""
     _control: Any = field(default=None)
+    _trainer: Any = field(default=None)
     _verdict: Failure | None = None
     """With what Ray Train was told to give up."""
 
     def run(self) -> Ending:
         self._control = start_control()
         fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
-        with _interrupts_to(self._on_interrupt):
-            fit.start()
-            ending = self._watch(fit)
-        return ending or self._give_up()
+        try:
+            with _interrupts_to(self._on_interrupt):
+                fit.start()
+                ending = self._watch(fit)
+        except KeyboardInterrupt:
+            if self._trainer is not None:
+                self._trainer.give_up()
+            fit.join(ENDING_S)
+            raise
+        return ending or self._what_failed()
 
-    def _give_up(self) -> Ending:
+    def _what_failed(self) -> Ending:
         """What the ranks could not say themselves. Raises ClusterLost where it was Ray that failed."""
         if self._verdict is None:
             raise ClusterLost(f"Ray failed: {self.error}")
@@ -213,7 +220,9 @@ class _Training:
             supervision = build_supervision(self.loaded, self.nodes.demand, self.nodes.launch, self._control)
             try:
                 with tempfile.TemporaryDirectory(prefix="ftlaunch-ray-") as storage:
-                    build_trainer(self.loaded, self.nodes.demand, self._control, supervision, Path(storage)).fit()
+                    demand = self.nodes.demand
+                    self._trainer = build_trainer(self.loaded, demand, self._control, supervision, Path(storage))
+                    self._trainer.fit()
             finally:
                 self._verdict = supervision.failures.verdict
         except Exception as error:  # handed to the main thread
