@@ -103,10 +103,6 @@ class Driver:
     `record`; one that knows its nodes only when they are there puts its own `demand` in."""
 
 
-LEFT, LEFT_EARLY = 76, 77
-"""Exit codes of a driver that was asked to leave its nodes (by SIGUSR1), and has: the run goes on when it gets nodes
-again. The second: before there was a newer checkpoint."""
-
 Stop = Literal["save", "now"]
 """Save after the step at hand and end, or end at once."""
 

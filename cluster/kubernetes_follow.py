@@ -16,13 +16,13 @@ from functools import partial
 
 from ..recipes.errors import InfrastructureError, Interrupted, UserError
 from . import kubernetes_causes, kubernetes_look
-from .base import LEFT, LEFT_EARLY
 from .kubernetes_api import Api, ApiError, Gone, Object
 from .kubernetes_causes import Cause
 from .kubernetes_checks import rayjobs
 from .kubernetes_job import HEAD
 from .kubernetes_look import TERMINAL, Place, selector_of
 from .pod_agent import exit_mark
+from .restarts import LEFT, LEFT_EARLY
 
 TICK_S = 1.0
 AGAIN_S = 2.0

@@ -10,6 +10,10 @@ from collections.abc import Callable
 AGAIN = 75
 """Exit code of a driver that asks to be started again (EX_TEMPFAIL of sysexits.h). No user ever sees it."""
 
+LEFT, LEFT_EARLY = 76, 77
+"""Exit codes of a driver that was asked to leave its nodes (by SIGUSR1), and has: the run goes on when it gets nodes
+again. The second: before there was a newer checkpoint."""
+
 SPOKE = "spoke"
 """File in its job's folder by which a driver shows that it has come to an end of its own."""
 

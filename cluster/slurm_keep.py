@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .base import LEFT, LEFT_EARLY
 from .host_agent import JOB, end_processes, forget, put, scratch
 from .host_keeper import Keeper
+from .restarts import LEFT, LEFT_EARLY
 from .slurm_checks import Said, addresses, demand_of, lacking, problems
 
 FILES_S = 60.0

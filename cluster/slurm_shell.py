@@ -11,7 +11,7 @@ It runs on the first node, outside of any container, so it is bash. It has two s
 
 from __future__ import annotations
 
-from .base import LEFT, LEFT_EARLY
+from .restarts import LEFT, LEFT_EARLY
 
 KILLED = 137
 """As a shell has it for what SIGKILL ended."""

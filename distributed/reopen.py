@@ -8,7 +8,6 @@ they differ by no more than the order of additions.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor
 from ..recipes.errors import UserError
 from ..recipes.schema import Recipe
 from . import storage
-from .checkpoint.fragments import FragmentReader
 from .checkpoint.layout import num_elements
-from .checkpoint.reader import CheckpointReader
+from .checkpoint.reader import CheckpointReader, read_whole
 from .initialise import fill_buffers
 from .loss_model import own_logits as logits_of
 from .model import build_model
@@ -105,20 +103,16 @@ def own_logits(directory: str, base: ModelFolder | None, config: dict[str, Any] 
     folder = base or ModelFolder(directory)
     built = build_model(_recipe(folder, config), folder)
     stored = built.layout.joined(CheckpointReader(folder.url))
-    values = {name: _whole(stored, there, built.shapes[name]) for name, there in built.base.items()}
+    values = {name: read_whole(stored, there).float() for name, there in built.base.items()}
     if config is not None:
         adapter = CheckpointReader(directory, "adapter_model")
-        values |= {name: _whole(adapter, there, built.shapes[name]) for name, there in built.published.items()}
+        values |= {name: read_whole(adapter, there).float() for name, there in built.published.items()}
     built.loss_model.load_state_dict(values, strict=False, assign=True)
     built.loss_model.causal_lm.tie_weights()
     fill_buffers(built.loss_model, torch.device("cpu"))
     tokens = probe(built.config.get_text_config().vocab_size)
     with torch.no_grad():
         return logits_of(built.loss_model.eval(), {"input_ids": tokens})
-
-
-def _whole(reader: FragmentReader, name: str, shape: tuple[int, ...]) -> Tensor:
-    return reader.read(name, ((0, math.prod(shape)),)).float().view(shape)
 
 
 def _recipe(folder: ModelFolder, config: dict[str, Any] | None) -> Recipe:

@@ -7,6 +7,7 @@ tensor must be a range of a flattened one of the model: then no byte has to move
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,14 +35,7 @@ class Piece(NamedTuple):
     @property
     def stop(self) -> int:
         """Behind its last element."""
-        return self.start + _count(self.shape)
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        return self.start + math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -127,14 +121,10 @@ class _Joined:
             for piece in pieces
             if start < piece.stop and piece.start < stop
         ]
-        if len(wanted) < 2:
-            return self._reader.read(*_one(wanted, pieces))
-        with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="pieces") as pool:
+        if not wanted:
+            return self._reader.read(pieces[0].name, ())
+        with ThreadPoolExecutor(min(READS_AT_ONCE, len(wanted)), thread_name_prefix="pieces") as pool:
             return torch.cat(list(pool.map(lambda one: self._reader.read(one[0], (one[1],)), wanted)))
-
-
-def _one(wanted: Sequence[tuple[str, Range]], pieces: Sequence[Piece]) -> tuple[str, Sequence[Range]]:
-    return (wanted[0][0], (wanted[0][1],)) if wanted else (pieces[0].name, ())
 
 
 class _WithoutCopies(TorchFunctionMode):

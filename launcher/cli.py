@@ -17,7 +17,7 @@ from .arguments import arrange
 from .checkpoint_commands import export, import_checkpoint
 from .cli_batch import batch
 from .cli_nodes import doctor, download
-from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, load, origins, secrets
+from .cli_recipe import AS_WRITTEN, Overrides, Place, RecipePath, load, may_fork, origins, secrets
 from .cli_runs import attach, list_runs, logs, retry, status, stop, verify
 
 HELP = """Fine-tune a language model from one recipe, on one machine or on a cluster.
@@ -41,11 +41,6 @@ app = App(
     default_parameter=Parameter(negative=()),
     usage="Usage: ftlaunch [OPTIONS] recipe.yaml [key.sub=value …]\n       ftlaunch COMMAND …\n",
 )
-
-
-_PROGRAM = "program"
-_traits: set[str] = set()
-"""`_PROGRAM`: this process is the command, so that it may fork; not a test or a library that calls `main`."""
 
 
 @app.default
@@ -76,7 +71,7 @@ def run(
     from .start import start
 
     flags = Flags(fresh, accept_changes, accept_changed_data)
-    return start(load(recipe, overrides, place), flags, os.environ, detach=detach, kept=_PROGRAM in _traits)
+    return start(load(recipe, overrides, place), flags, os.environ, detach=detach, kept=may_fork.get())
 
 
 @app.command
@@ -305,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None and sys.platform == "linux":
-        _traits.add(_PROGRAM)
+        may_fork.set(True)
     return guarded(lambda: _dispatch(words))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -42,6 +43,10 @@ origins: dict[str, Origin] = {}
 """Where the recipe's keys were written, for errors about their values."""
 
 
+may_fork: ContextVar[bool] = ContextVar("may_fork", default=False)
+"""Whether this process is the command; not a test or a library that calls `main`."""
+
+
 def environment() -> Mapping[str, str]:
     """This process's variables, for what is told of them."""
     return os.environ
@@ -54,10 +59,7 @@ def load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
     loaded = load_recipe(
         recipe,
         overrides,
-        environ=os.environ,
-        nodes=place.nodes,
-        gpus_per_node=place.gpus_per_node,
-        cluster=place.cluster,
+        **_given(place),
     )
     remember(loaded)
     return loaded
@@ -72,13 +74,20 @@ def load_stored(run: RunDirectory, overrides: Sequence[str], place: Place) -> Lo
         stored_text(run),
         run.path("recipe.yaml"),
         overrides,
-        environ=os.environ,
-        nodes=place.nodes,
-        gpus_per_node=place.gpus_per_node,
-        cluster=place.cluster,
+        **_given(place),
     )
     remember(loaded)
     return loaded
+
+
+def _given(place: Place) -> dict[str, Any]:
+    """What a recipe is told by the command line and its surroundings."""
+    return {
+        "environ": os.environ,
+        "nodes": place.nodes,
+        "gpus_per_node": place.gpus_per_node,
+        "cluster": place.cluster,
+    }
 
 
 def remember(loaded: LoadedRecipe) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from .cli_recipe import AS_WRITTEN, Overrides, Place, environment, load_stored
+from .cli_recipe import AS_WRITTEN, Overrides, Place, environment, load_stored, may_fork
 
 if TYPE_CHECKING:
     from ..distributed.run_directory import RunDirectory
@@ -106,7 +106,8 @@ def retry(
     directory = _run_directory(run)
     loaded = load_stored(directory, overrides, place)
     enter_folder(directory, loaded.recipe)
-    return start(loaded, Flags(False, accept_changes, accept_changed_data), environment(), detach=detach)
+    flags = Flags(False, accept_changes, accept_changed_data)
+    return start(loaded, flags, environment(), detach=detach, kept=may_fork.get())
 
 
 def attach(run: str, /) -> int:

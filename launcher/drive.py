@@ -15,9 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..cluster.base import LEFT, LEFT_EARLY, Demand
+from ..cluster.base import Demand
 from ..cluster.joined import Joined
-from ..cluster.restarts import AGAIN, SPOKE
+from ..cluster.restarts import AGAIN, LEFT, LEFT_EARLY, SPOKE
 from ..distributed.again import Flags
 from ..distributed.checkpoint.commit import latest_resumable
 from ..distributed.run_directory import RunDirectory

@@ -12,7 +12,7 @@ import torch
 
 from .exchange import Range
 from .fetch import Fetcher, Share
-from .fragments import TensorSpec
+from .fragments import FragmentReader, TensorSpec
 from .layout import DTYPES, StoredFile, StoredTensor, num_elements, open_folder
 from .manifest import Span, read_checked
 
@@ -122,10 +122,11 @@ class CheckpointReader:
         spans = self._fetcher.spans[name]
         read_checked(self.url, name, spans, 0, spans[0].length)
 
-    def read_tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in its shape."""
-        spec = self.spec(name)
-        return self.read(name, [(0, num_elements(spec))]).reshape(spec.shape)
+
+def read_whole(reader: FragmentReader, name: str) -> torch.Tensor:
+    """A whole tensor in its shape."""
+    spec = reader.spec(name)
+    return reader.read(name, [(0, num_elements(spec))]).reshape(spec.shape)
 
 
 class _Block(NamedTuple):

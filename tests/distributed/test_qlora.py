@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from training import Trained, train, train_all, world_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
 from ftlaunch.distributed.model import build_model
 from ftlaunch.distributed.model_files import find_model
 from ftlaunch.distributed.quantized import BLOCK, Linear4bit, Packing, QuantizingReader, pack, unpack
@@ -84,7 +84,7 @@ def test_a_reader_gives_any_range(tmp_path):
     reader, name = CheckpointReader(str(folder)), "model.layers.1.mlp.up_proj.weight"
     packing = Packing(52, 40, torch.bfloat16)
     quantizing = QuantizingReader(reader, {name: packing}, "cpu")
-    whole = pack(reader.read_tensor(name), torch.bfloat16).flatten().view(torch.int16)
+    whole = pack(read_whole(reader, name), torch.bfloat16).flatten().view(torch.int16)
     width = packing.shape[1]
     for ranges in ([(0, 52 * width)], [(3 * width, 5 * width)], [(7, 2 * width + 1), (40 * width - 3, 40 * width + 3)]):
         expected = torch.cat([whole[start:stop] for start, stop in ranges])

@@ -13,7 +13,7 @@ from ftlaunch.distributed.checkpoint import reader as reader_module
 from ftlaunch.distributed.checkpoint.content import Content
 from ftlaunch.distributed.checkpoint.manifest import DamagedError, read_checked, read_manifest
 from ftlaunch.distributed.checkpoint.peers import Peers
-from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 
 TENSORS = {f"w{i}": torch.arange(float(size)) + i for i, size in enumerate((0, 1, 700, 90, 1300, 7))}
@@ -42,7 +42,7 @@ def read_all(directory, spans, seed=0):
     reader, draw = CheckpointReader(str(directory), spans=spans), random.Random(seed)
     equal = []
     for name, tensor in TENSORS.items():
-        equal.append(torch.equal(reader.read_tensor(name), tensor))
+        equal.append(torch.equal(read_whole(reader, name), tensor))
         for ranges in (ranges_of(len(tensor), draw) for _ in range(5)):
             if ranges:
                 equal.append(torch.equal(reader.read(name, ranges), torch.cat([tensor[a:b] for a, b in ranges])))

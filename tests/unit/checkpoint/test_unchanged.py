@@ -12,7 +12,7 @@ import torch
 from ftlaunch.distributed import storage
 from ftlaunch.distributed.checkpoint.content import Content
 from ftlaunch.distributed.checkpoint.manifest import read_manifest
-from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 from ftlaunch.distributed.checkpoint.staging import Staging
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
@@ -55,7 +55,7 @@ def files_of(run, step):
     directory = storage.join(run, f"step-{step:06d}.a1")
     reader = CheckpointReader(directory)
     for name, tensor in (trained(step) | FROZEN).items():
-        assert torch.equal(reader.read_tensor(name), tensor)
+        assert torch.equal(read_whole(reader, name), tensor)
     assert verify_checkpoint(directory) == []
     frozen = {file.name for name, (file, _) in reader.files.places.items() if name in FROZEN}
     mixed = {file.name for name, (file, _) in reader.files.places.items() if name not in FROZEN}

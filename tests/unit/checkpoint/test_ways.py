@@ -24,7 +24,7 @@ from ftlaunch.distributed.checkpoint.in_place import save_in_place
 from ftlaunch.distributed.checkpoint.layout import plan_files, read_header
 from ftlaunch.distributed.checkpoint.parts import Part, plan_part
 from ftlaunch.distributed.checkpoint.peers import Peers
-from ftlaunch.distributed.checkpoint.reader import CheckpointReader
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
 from ftlaunch.distributed.checkpoint.streams import save_streamed
 from ftlaunch.distributed.checkpoint.uploads import save_uploaded
 from ftlaunch.recipes.errors import InfrastructureError, UserError
@@ -143,7 +143,7 @@ def test_any_ranges_are_read_back(threads, fragmented, described, seed):
             assert reader.spec(fragment.spec.name) == fragment.spec
             assert torch.equal(reader.read(fragment.spec.name, fragment.ranges), fragment.values)
         for name, tensor in tensors.items():
-            assert torch.equal(reader.read_tensor(name), tensor)
+            assert torch.equal(read_whole(reader, name), tensor)
 
 
 def index_of(tensors):
@@ -188,7 +188,7 @@ def test_small_neighbours_are_read_together(tmp_path, threads, fragmented, monke
 
     monkeypatch.setattr(storage, "read_into", counted)
     for name, tensor in tensors.items():
-        assert torch.equal(reader.read_tensor(name), tensor)
+        assert torch.equal(read_whole(reader, name), tensor)
     assert lengths == [250, 101, 15]
     assert torch.equal(reader.read("w1", [(3, 5)]), tensors["w1"][3:5])
 
@@ -209,7 +209,7 @@ def test_replicas_on_others_send_once(tmp_path, threads, fragmented):
     nothing = [Fragment(f.spec, (), f.values[:0]) for f in whole]
     results, hub = save([whole, whole, nothing], tmp_path, threads, max_file_bytes=400)
     assert hub.sent_bytes == sum(record.size for record in results[2]) - sum(header_bytes(tmp_path, results[2]))
-    assert torch.equal(CheckpointReader(str(tmp_path)).read_tensor("w5"), tensors["w5"])
+    assert torch.equal(read_whole(CheckpointReader(str(tmp_path)), "w5"), tensors["w5"])
 
 
 def header_bytes(folder, records):
@@ -328,7 +328,7 @@ def test_what_all_hold_is_sent_by_all_and_goes_nowhere_before(tmp_path, threads,
     assert hub.sent_bytes == 0
     counts = [len(store.sent) for store in by_rank.values()]
     assert max(counts) - min(counts) <= 1
-    assert torch.equal(CheckpointReader(str(tmp_path)).read_tensor("w5"), tensors["w5"])
+    assert torch.equal(read_whole(CheckpointReader(str(tmp_path)), "w5"), tensors["w5"])
 
 
 def test_blocks_are_written_by_who_holds_them(tmp_path, threads):
@@ -345,7 +345,7 @@ def test_blocks_are_written_by_who_holds_them(tmp_path, threads):
     results, hub = save(sharded, tmp_path, threads, max_file_bytes=100_000, way="uploaded")
     assert all(isinstance(records, list) for records in results), results
     assert hub.sent_bytes <= 12 * 136 / 2 + 3 * 136  # twelve borders; a few blocks go elsewhere, for balance
-    assert torch.equal(CheckpointReader(str(tmp_path)).read_tensor("w3"), tensors["w3"])
+    assert torch.equal(read_whole(CheckpointReader(str(tmp_path)), "w3"), tensors["w3"])
 
 
 def test_few_blocks_are_in_memory(tmp_path, threads, fragmented, monkeypatch):
@@ -380,4 +380,4 @@ def test_parts_are_written_side_by_side(tmp_path, threads, fragmented):
     results, _ = threads(4, work)
     assert [[stem for stem, records in result.items() if records] for result in results] == [[stem] for stem in stems]
     for stem in stems:
-        assert torch.equal(CheckpointReader(str(tmp_path), stem).read_tensor("w7"), tensors["w7"])
+        assert torch.equal(read_whole(CheckpointReader(str(tmp_path), stem), "w7"), tensors["w7"])

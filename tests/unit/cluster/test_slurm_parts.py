@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ftlaunch.cluster import slurm, slurm_files
-from ftlaunch.cluster.base import LEFT, LEFT_EARLY, Driver, Need
+from ftlaunch.cluster.base import Driver, Need
+from ftlaunch.cluster.restarts import LEFT, LEFT_EARLY
 from ftlaunch.cluster.slurm import Slurm, overruling
 from ftlaunch.cluster.slurm_checks import addresses, demand_of, lacking, problems
 from ftlaunch.cluster.slurm_keep import EARLY, LOST, failures, outcome, why_again

@@ -56,15 +56,21 @@ def open_in(folder):
     )  # fmt: skip
 
 
-def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, monkeypatch):
+def stopped_in_the_middle(folder):
+    """States of the streams, and the bins of the next steps."""
     rows = [f"{number} {1 + number * 7 % 30}" for number in range(1600)]
-    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=20)
-    stream = open_in(tmp_path)
+    pq.write_table(pa.table({"text": rows}), folder / "a.parquet", row_group_size=20)
+    stream = open_in(folder)
     for _ in range(40):
         stream.next_step()
     states = stream.state()
     rest = [bins_of(stream.next_step()) for _ in range(3)]
     stream.close()
+    return states, rest
+
+
+def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, monkeypatch):
+    states, rest = stopped_in_the_middle(tmp_path)
     held = {address[0] for state in states.values() for address in state["buffer"]}
     assert len(held) >= 8, "otherwise the test shows nothing"
 
@@ -83,14 +89,7 @@ def test_what_all_streams_need_is_asked_for_before_any_of_it_comes(tmp_path, mon
 
 
 def test_blocks_that_lie_beside_each_other_come_by_one_read(tmp_path, monkeypatch):
-    rows = [f"{number} {1 + number * 7 % 30}" for number in range(1600)]
-    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=20)
-    stream = open_in(tmp_path)
-    for _ in range(40):
-        stream.next_step()
-    states = stream.state()
-    rest = [bins_of(stream.next_step()) for _ in range(3)]
-    stream.close()
+    states, rest = stopped_in_the_middle(tmp_path)
 
     runs, read = [], Index.read_run
 
