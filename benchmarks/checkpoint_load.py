@@ -25,8 +25,9 @@ from harness import Rounds, Table, arguments, interleave, parse, write_results
 from load_ranks import SIDES, WRITERS, Turn, serve
 
 CLAIM = (
-    "A checkpoint of 2 ranks is gone on with at any world size, without a conversion, with fewer bytes read and in "
-    "less time and memory than dcp.load and DeepSpeed's universal checkpoints take."
+    "A checkpoint of 2 ranks is gone on with at any world size, without a conversion, each rank holding what it reads "
+    "against its checksum: at most 1.25 of the bytes needed are read (dcp.load: up to 2) with no more memory, at "
+    "another world size in less time, and in a tenth of the time of DeepSpeed's universal checkpoints."
 )
 SAVED_BY = 2
 FORMATS = {"raw": "ours", "ours_fsdp": "ours", "ours_zero3": "ours", "dcp": "dcp"}

@@ -48,11 +48,13 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds and tokens of each step (tokens: 0 where the side does not count them), and the processor time of all."""
+    """Seconds and tokens of each step (tokens: 0 where the side does not count them), the processor time of all, and
+    the peak of GPU memory up to now (0 on a CPU)."""
 
     seconds: list[float]
     tokens: list[int]
     cpu_s: float
+    peak_bytes: int
 
 
 class Side:

@@ -5,10 +5,10 @@
 On a CPU all compute in float32; on CUDA all in bfloat16 with float32 master weights: the bare loop and the Trainer by
 autocast, ours as `model.dtype: bfloat16` does it.
 
-Reads a line from standard input for every turn, and answers with a line "turn {seconds: […], cpu_s: …}": the time
-between the ends of neighbouring steps, so everything that a loop does around a step counts, and the processor time of
-all threads and readers over those steps. The first steps of a turn are dropped: a background reader has made those
-while the other sides had their turn.
+Reads a line from standard input for every turn, and answers with a line "turn {seconds: […], cpu_s: …, …}": the time
+between the ends of neighbouring steps, so everything that a loop does around a step counts, the processor time of all
+threads and readers over those steps, and the peak of what CUDA's allocator has handed out. The first steps of a turn
+are dropped: a background reader has made those while the other sides had their turn.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Turns:
             "seconds": [later - sooner for sooner, later in pairwise(ends)],
             "tokens": [later - sooner for sooner, later in pairwise(self._tokens[self._dropped - 1 :])],
             "cpu_s": cpu_s() - self._cpu_s,
+            "peak_bytes": peak_bytes(),
         }
         self._answers.write("turn " + json.dumps(turn) + "\n")
         if not sys.stdin.readline():
@@ -66,6 +67,13 @@ def cpu_s() -> float:
     children = psutil.Process().children(recursive=True)
     # The system counts others in ticks, which a few short steps do not fill.
     return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
+
+
+def peak_bytes() -> int:
+    """Most that CUDA's allocator has handed out so far; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
 def read_batches(folder: Path, batch: int) -> Any:

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from ..recipes.methods.base import IGNORED
 from .linear_loss import linear_losses
 
-LOGITS_BYTES = 128 * 2**20
-"""Bound on the fp32 logits of a chunk. At a vocabulary of 128k that is 256 positions: from there on, larger chunks were
-no faster (2 cores), while 64 of them take half as long again."""
+LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Device -> bound on the fp32 logits of a chunk. On a CPU, at a vocabulary of 128k, that is 256 positions: from there
+on, larger chunks were no faster (2 cores), while 64 of them take half as long again. A GPU, which moves a byte in the
+time of some 200 operations, waits for memory at 256: each chunk reads the head, and adds to its gradient in fp32."""
 
 
 class LossModel(nn.Module):
@@ -107,12 +108,12 @@ def chunked_losses(
     head: nn.Module,
     targets: Tensor,
     vocabulary: int,
-    logits_bytes: int = LOGITS_BYTES,
+    logits_bytes: int | None = None,
     gathering_hooks: Set[int] | None = None,
 ) -> Tensor:
-    """Cross-entropy [B, S] of `head(hidden)`, holding logits of `logits_bytes` at once; all of them where a head that
-    is more than a matrix has hooks that gather it."""
-    rows = max(1, logits_bytes // (4 * vocabulary))
+    """Cross-entropy [B, S] of `head(hidden)`, holding logits of `logits_bytes` at once (None: of the device's
+    `LOGITS_BYTES`); all of them where a head that is more than a matrix has hooks that gather it."""
+    rows = max(1, (logits_bytes or LOGITS_BYTES[hidden.device.type]) // (4 * vocabulary))
     if _is_only_a_matrix(head, gathering_hooks or frozenset()):
         return linear_losses(hidden, head.weight, targets, rows)
     if gathering_hooks is not None:

@@ -19,7 +19,7 @@ from .checkpoint.fetch import Share
 from .checkpoint.fragments import Fragment
 from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
-from .checkpoint.reader import CheckpointReader
+from .checkpoint.reader import CheckpointReader, Memory
 from .checkpoint.retention import Retention, apply_retention, drop_unfinished_uploads
 from .checkpoint.save import CheckpointWriter, folder_of, path_of
 from .checkpoint.staging import Staging
@@ -233,7 +233,8 @@ def load_parts(
     files = read_manifest(directory).files
     stems = {part: stem_of(part, has_adapter) for part in engine.parts}
     refuse_missing(directory, stems.values(), files)
-    readers = {part: checked_reader(directory, stem, files, share) for part, stem in stems.items()}
+    memory = Memory()
+    readers = {part: checked_reader(directory, stem, files, share, memory) for part, stem in stems.items()}
     joined = {part: layout.joined(reader) for part, reader in readers.items()}
     check_stored(directory, {one.spec.name: one.spec.shape for one in engine.fragments("model")}, joined["model"])
     for part, reader in joined.items():
@@ -244,12 +245,12 @@ def load_parts(
 
 
 def checked_reader(
-    directory: str, stem: str, files: Sequence[FileRecord], share: Share | None = None
+    directory: str, stem: str, files: Sequence[FileRecord], share: Share | None = None, memory: Memory | None = None
 ) -> CheckpointReader:
     """A part of a checkpoint, held against the manifest's checksums as it is read."""
     prefix = path_of(stem, "")
     spans = {file.path.removeprefix(prefix): file.spans for file in files if file.path.startswith(prefix)}
-    return CheckpointReader(folder_of(directory, stem), stem, spans, share)
+    return CheckpointReader(folder_of(directory, stem), stem, spans, share, memory)
 
 
 def refuse_missing(directory: str, stems: Iterable[str], files: Sequence[FileRecord]) -> None:

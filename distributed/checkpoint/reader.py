@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +32,32 @@ SMALL_BYTES = 2**20
 an object store answers each request in some 20 ms."""
 
 
+class Memory:
+    """Host memory for what is read, used again once nobody holds a tensor in it any more: the system takes longer to
+    give fresh pages than to copy into them from its cache, and an engine drops a tensor before it reads the next."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._references = sys.getrefcount(self._buffer)  # while no tensor lies in it
+        self._taking = threading.Lock()
+
+    def take(self, size: int) -> torch.Tensor:
+        """A tensor of `size` bytes, of any content."""
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        with self._taking:
+            if len(self._buffer) < size or sys.getrefcount(self._buffer) > self._references:
+                self._buffer = bytearray()  # the old one goes before the new one comes
+                self._buffer = bytearray(size)
+            return torch.frombuffer(self._buffer, dtype=torch.uint8, count=size)
+
+
 class CheckpointReader:
     """A `FragmentReader` of part `stem` in folder `url`. Opening reads the headers of all files, and nothing else.
 
     With `spans` (of files, by name) all that is read is held against their checksums. What is not as it was written
     is named in `damaged`, and read all the same: an engine may need all ranks for what it does with a tensor. `share`:
-    what several ranks of the node read is fetched by one of them.
+    what several ranks of the node read is fetched by one of them. `memory`: that readers which take turns share.
     Threads may share it. Raises UserError when the folder has no such safetensors files, or broken ones, and
     DamagedError for headers that are not what was written.
     """
@@ -47,11 +68,13 @@ class CheckpointReader:
         stem: str = "model",
         spans: Mapping[str, Sequence[Span]] | None = None,
         share: Share | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.url = url
         self._fetcher = Fetcher(url, spans or {}, share)
         self._check_headers(stem)
         self.files = open_folder(url, stem)
+        self._memory = memory or Memory()
         self._kept = _Block("", 0, b"")
         self._keeping = threading.Lock()
         self._small: dict[str, list[Range]] = {}
@@ -74,7 +97,7 @@ class CheckpointReader:
         file, place = self.files.places[name]
         dtype = DTYPES[place.spec.dtype]
         count = sum(stop - start for start, stop in ranges)
-        data = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        data = self._memory.take(count * dtype.itemsize)
         target = data.numpy().data
         reads = _reads(place, ranges, dtype.itemsize)
         if place.stop - place.start <= SMALL_BYTES:

@@ -19,7 +19,7 @@ from .outline import Outline, Widths
 from .setting import BYTES, Setting
 
 FP32 = 4
-LOGITS_BYTES = 128 * 2**20
+LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """As `loss_model.LOGITS_BYTES`: fp32 logits of a chunk."""
 
 
@@ -104,7 +104,7 @@ def _loss(outline: Outline, setting: Setting, tokens: int, width: int) -> int:
     has them all: as they were and as they become, in fp32 too, and their logarithms."""
     if outline.widths.changes_logits:
         return tokens * outline.widths.vocabulary * (2 * FP32 + 3 * width)
-    rows = min(tokens, max(1, LOGITS_BYTES // (FP32 * outline.widths.vocabulary)))
+    rows = min(tokens, max(1, LOGITS_BYTES[setting.device] // (FP32 * outline.widths.vocabulary)))
     is_half = width < FP32
     chunk = rows * outline.widths.vocabulary * (FP32 + 2 * width * is_half)
     hidden = 3 * tokens * width * outline.widths.hidden

@@ -225,8 +225,7 @@ def test_blocks_are_recomputed_where_the_recipe_says_so(tmp_path, strategy):
 def test_a_head_in_chunks_differs_between_ranks(tmp_path, monkeypatch):
     """Ranks with other numbers of supervised tokens take other numbers of chunks; a head that each chunk gathered would
     leave them waiting for each other."""
-    monkeypatch.setattr(loss_models, "LOGITS_BYTES", 4 * 307 * 7)
-    monkeypatch.setattr(loss_models.chunked_losses, "__defaults__", (4 * 307 * 7, None))
+    monkeypatch.setitem(loss_models.LOGITS_BYTES, "cpu", 4 * 307 * 7)
     tied = tmp_path / "tied"
     make_model(tied, tie_word_embeddings=True)
     settings = []

@@ -13,7 +13,7 @@ from ftlaunch.distributed.checkpoint import reader as reader_module
 from ftlaunch.distributed.checkpoint.content import Content
 from ftlaunch.distributed.checkpoint.manifest import DamagedError, read_checked, read_manifest
 from ftlaunch.distributed.checkpoint.peers import Peers
-from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
+from ftlaunch.distributed.checkpoint.reader import CheckpointReader, Memory, read_whole
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter
 
 TENSORS = {f"w{i}": torch.arange(float(size)) + i for i, size in enumerate((0, 1, 700, 90, 1300, 7))}
@@ -93,3 +93,17 @@ def test_a_read_that_went_wrong_once_is_made_again(saved, monkeypatch):
     assert bytes(read_checked(str(directory), name, spans[name], 3, 9)) == (directory / name).read_bytes()[3:9]
     assert len(calls) == 2
     assert read_checked(str(directory), name, spans[name], 5, 5) == b""
+
+
+def test_what_is_held_is_not_read_over(saved):
+    """Memory is used again only where nobody looks at it any more, not even at a part of it; readers may share it."""
+    directory, spans = saved
+    memory = Memory()
+    readers = [CheckpointReader(str(directory), spans=spans, memory=memory) for _ in range(2)]
+    kept = {name: read_whole(reader, name) for name in TENSORS for reader in readers}
+    part = read_whole(readers[0], "w4")[3:5]
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in kept.items())
+    assert torch.equal(part, TENSORS["w4"][3:5])
+    del kept, part
+    places = {read_whole(reader, "w4").data_ptr() for reader in readers}
+    assert len(places) == 1 and read_whole(readers[0], "w1").data_ptr() in places
