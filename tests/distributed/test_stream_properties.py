@@ -6,6 +6,7 @@ Rows are known again by the token ids of collated batches, read through real fil
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import tempfile
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from streams import KINDS, Run, Source, make_case, rows_in, run_to_end, sum_counters
+from streams import KINDS, Case, Run, Source, make_case, rows_in, run_to_end, sum_counters
 
 SEED = 20
 CASES = 2_000
@@ -24,6 +25,8 @@ STATE_BYTES, BYTES_PER_WAITING = 900, 30
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 MIXES = ("whole", "weights", "passes")
+ENDS: tuple[dict[str, Any], ...] = ({}, {"repeat": False}, {"num_epochs": 1}, {"num_epochs": 2})
+"""Of a weighted source that is not the primary one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Drawn:
 
     sources: list[Source]
     mix: str
+    primary: int
+    """Which of weighted sources the epochs are counted on."""
     streams: int
     bins_per_stream: int
     worlds: list[int]
@@ -46,9 +51,10 @@ class Drawn:
 def cases(draw: st.DrawFn) -> Drawn:
     """Sources of any kind of file, mixed in any way; a run in up to four parts at any world size."""
     mix, count = draw(st.sampled_from(MIXES)), draw(st.integers(1, 3))
+    primary = draw(st.integers(0, count - 1))
     row_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=15)
     sources = []
-    for _ in range(count):
+    for number in range(count):
         lengths = draw(st.lists(row_lengths, min_size=1, max_size=5))
         rows = sum(map(len, lengths))
         keys: dict[str, Any] = {}
@@ -58,7 +64,7 @@ def cases(draw: st.DrawFn) -> Drawn:
         if mix == "passes":
             keys["num_epochs"] = draw(st.integers(1, 3))
         if mix == "weights":
-            keys["repeat"] = draw(st.booleans())
+            keys |= {"primary": True} if number == primary else draw(st.sampled_from(ENDS))
         weight = draw(st.integers(1, 9)) / 10 if mix == "weights" else None
         sources.append(Source(lengths, draw(st.sampled_from([*KINDS, "mixed"])), weight, keys))
     parts = draw(st.integers(1, 4))
@@ -66,6 +72,7 @@ def cases(draw: st.DrawFn) -> Drawn:
     return Drawn(
         sources,
         mix,
+        primary,
         streams=draw(st.integers(1, 6)),
         bins_per_stream=draw(st.integers(1, 3)),
         worlds=[draw(st.integers(1, 8)) for _ in range(parts)],
@@ -113,7 +120,8 @@ def check(drawn: Drawn, seen: Counter[str]) -> None:
         assert again == steps, "the same rows in the same bins of the same steps"
         assert served_again == served
         assert sum_counters(run) == counted
-        assert_rows(drawn, steps, case.ids)
+        assert_rows(drawn, steps, case, run)
+        assert_shares(drawn, case, run.states())
     seen["cases"] += 1
     seen[f"mix {drawn.mix}"] += 1
     seen["steps"] += len(steps)
@@ -121,21 +129,56 @@ def check(drawn: Drawn, seen: Counter[str]) -> None:
     seen.update({f"world {world}": 1 for world in drawn.worlds})
 
 
-def assert_rows(drawn: Drawn, steps: list[Any], ids: list[set[int]]) -> None:
-    """Every row that is used comes by as often as its source says; of weighted sources, those of the first."""
+def assert_rows(drawn: Drawn, steps: list[Any], case: Case, ended: Run) -> None:
+    """Every row that is used comes by as often as its source says, whole; every other one never."""
     length = drawn.data["sequence_length"]
-    found = rows_in(steps)
-    for number, (source, mine) in enumerate(zip(drawn.sources, ids, strict=True)):
-        if drawn.mix == "weights" and number:
-            continue
+    found, counted = rows_in(steps), sum_counters(ended)
+    for number, (source, mine) in enumerate(zip(drawn.sources, case.ids, strict=True)):
         flat = [row for file in source.lengths for row in file]
         skip = source.keys.get("skip", 0)
         used = range(len(flat))[skip : skip + source.keys.get("take", len(flat))]
-        times = source.keys.get("num_epochs", drawn.train["num_epochs"])
-        first = min(mine)
+        least, most = passes(drawn, number, case, ended.states())
+        total = 0
         for row, size in enumerate(flat):
             pieces = -(-size // (length - 1))  # of the `size` tokens that are predicted
-            assert found[first + row] == (times * (size + pieces) if row in used else 0)
+            times, torn = divmod(found[min(mine) + row], size + pieces)
+            assert not torn
+            assert least <= times <= most if row in used else times == 0
+            total += times
+        assert total == counted[case.index.sources[number].name, "rows"]
+
+
+def passes(drawn: Drawn, number: int, case: Case, states: dict[str, Any]) -> tuple[float, float]:
+    """How often each row of a source comes by, at least and at most. A weighted source that is not the primary one is
+    left where the primary one ended: each row came once in every pass that all streams went through, and once more at
+    most in one that some began; so with one stream no row comes oftener than another by more than once."""
+    keys, epochs = drawn.sources[number].keys, drawn.train["num_epochs"]
+    if drawn.mix != "weights" or number == drawn.primary:
+        exact = keys.get("num_epochs", epochs)
+        return exact, exact
+    begun = [state["lanes"][case.index.sources[number].name][0] for state in states.values()]
+    end = math.inf if keys.get("repeat", True) else epochs
+    return min(begun), min(max(begun) + 1, keys.get("num_epochs", end))
+
+
+def assert_shares(drawn: Drawn, case: Case, states: dict[str, Any]) -> None:
+    """Of weighted sources each has served its share of a stream's rows, within one, as long as all were in the mix."""
+    if drawn.mix != "weights":
+        return
+    names = [info.name for info in case.index.sources]
+    weights = [round(10 * (source.weight or 0)) for source in drawn.sources]
+    lasting = {
+        name
+        for number, (name, source) in enumerate(zip(names, drawn.sources, strict=True))
+        if number != drawn.primary and source.keys.get("repeat", True) and "num_epochs" not in source.keys
+    }
+    for state in states.values():
+        if drawn.streams == 1:  # else a stream may go without the rows of a tiny source for so long that it gives up
+            assert lasting <= set(state["draws"]), "what repeats has no end"
+        if len(state["draws"]) == len(names) - 1:  # only the primary one has ended
+            served = [state["counters"].get(name, {}).get("rows", 0) for name in names]
+            for weight, rows in zip(weights, served, strict=True):
+                assert abs(rows * sum(weights) - weight * sum(served)) <= sum(weights)
 
 
 few = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], max_examples=25)
