@@ -30,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "data.train[].storage_options": "continues",  # the way to the files; they are the same, or the index says no
     "data.eval[].storage_options": "continues",  # as above
     "data.reader_processes": "continues",  # the same steps, made by others
+    "data.disk_cache_gb": "continues",  # the same blocks, kept nearer
     "train": "stops",  # another optimisation
     "train.micro_batch_size": "continues",  # the loss of a step does not depend on the layout (promise 2)
     "train.activation_checkpointing": "continues",  # recomputes the same numbers

@@ -39,6 +39,7 @@ def test_the_same_recipe_has_no_changes() -> None:
         ({"evaluate": {"every_steps": 3}}, {"evaluate.every_steps": "continues"}),
         ({"strategy": {"type": "ddp"}}, {"strategy": "continues"}),
         ({"data": {**BASE["data"], "reader_processes": 2}}, {"data.reader_processes": "continues"}),
+        ({"data": {**BASE["data"], "disk_cache_gb": 2.5}}, {"data.disk_cache_gb": "continues"}),
         (
             {"strategy": {"type": "fsdp", "reshard_after_forward": False}},
             {"strategy.reshard_after_forward": "continues"},
