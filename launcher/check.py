@@ -22,7 +22,7 @@ from ..recipes.load import LoadedRecipe
 from ..recipes.methods.base import Row
 from ..recipes.methods.table import build_method
 from ..recipes.redact import redact, redact_values
-from ..recipes.schema import EvalSplit, Recipe, Source
+from ..recipes.schema import EvalSplit, Recipe, RowFormat, Source
 from .check_advice import Overview, advise
 from .check_copies import Copies, Side, fingerprint
 from .check_fill import estimate_fill
@@ -99,26 +99,28 @@ class Checker:
                 continue
             tallies.append(tally)
             findings += tally.findings()
-            plans += [tally.plan] if side == "train" else []
+            unlearned = Unknown(f"nothing is learned from source {name}")
+            plans += [unlearned if tally.refusal else tally.plan] if side == "train" else []
         return self._result(tallies, findings, plans)
 
     def _result(
         self, tallies: Sequence[Tally], findings: list[Finding], plans: Sequence[SourcePlan | Unknown]
     ) -> Result:
-        training = {tally.name: tally for tally in tallies if tally.side == "train"}
+        learned = [tally for tally in tallies if not tally.refusal]
+        training = {tally.name: tally for tally in learned if tally.side == "train"}
         duration = plan_duration(self._recipe, plans, {name: tally.stats() for name, tally in training.items()})
         fitted = [length for tally in training.values() for length in tally.fitted]
         fill = estimate_fill(fitted, self._recipe, self._options.seed) if fitted else None
-        findings += advise(Overview(self._recipe, tallies, duration, fill))
+        findings += advise(Overview(self._recipe, learned, duration, fill))
         return Result(self._recipe, self._options.seed, tallies, duration, fill, by_severity(findings))
 
     def _source(self, side: Side, name: str, source: Source, place: tuple[int, int]) -> Tally:
         index = build_index([source], [name])
         row_format = index.sources[0].format
-        require_readable(row_format, self._recipe.method.type, f"source {name}")
+        refusal = _refusal(row_format, self._recipe.method.type, name)
         overlong = policies(index, self._recipe.data, [source])[0]
-        tally = Tally(name, side, describe(side, name, source, index), row_format, index.num_rows(0), overlong)
-        eye = Eye(index, self._recipe, overlong, self._method, self._encoder)
+        tally = Tally(name, side, describe(side, name, source, index), row_format, index.num_rows(0), overlong, refusal)
+        eye = Eye(index, self._recipe, overlong, None if refusal else self._method, self._encoder)
         number, sources = place
         for glimpse in look_at(eye, self._options.rows, self._options.seed):
             tally.add(glimpse, self._vocabulary, self._options.samples)
@@ -145,6 +147,15 @@ class Checker:
             tally.held_out += 1
             return "eval"
         return side
+
+
+def _refusal(row_format: RowFormat, method: str, name: str) -> str:
+    """Why a method learns nothing from a source; empty when it does."""
+    try:
+        require_readable(row_format, method, f"source {name}")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _write_page(loaded: LoadedRecipe, result: Result, encoder: TextEncoder, options: Options) -> str:

@@ -58,6 +58,13 @@ KINDS: Mapping[str, Kind] = {
         "warning", "the conversation does not end with the assistant", "the last turns teach nothing; remove them"
     ),
     "repeated-role": Kind("warning", "two turns in a row by the same side", "join them, or find the missing turn"),
+    "empty-answer": Kind("warning", "an answer to compare, or to judge, is blank", "fill it, or remove the row"),
+    "equal-answers": Kind(
+        "warning", "two of the answers to compare are the same", "remove the row: it prefers nothing"
+    ),
+    "equal-scores": Kind(
+        "warning", "all responses have the same score or rank", "remove the row, or give the order of the responses"
+    ),
     "glued": Kind(
         "warning",
         "no blank between prompt and completion: they become one word",
@@ -118,6 +125,9 @@ KINDS: Mapping[str, Kind] = {
     "several-answers": Kind("advice", "a prompt that has another answer elsewhere", "keep one, if they contradict"),
     # --- a source as a whole ---
     "empty-column": Kind("warning", "a column is blank in every row", "map the right column with `columns:`"),
+    "one-label": Kind(
+        "warning", "one label only, so that nothing tells it from the other", "add rows with the other label"
+    ),
     "same-answer": Kind(
         "advice", "one and the same answer", "expected of labels; else the model learns to say just that"
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from re import Pattern
 
@@ -14,7 +14,16 @@ from ..distributed.data.pack import NO_TARGETS_LEFT, OVERLONG
 from ..distributed.data.template import TextEncoder
 from ..recipes.messages import Message
 from ..recipes.methods.base import Rejected, Sample
-from ..recipes.rows import Completion, Conversation, Parsed, parse_row
+from ..recipes.rows import (
+    BinaryPreference,
+    Completion,
+    Conversation,
+    Parsed,
+    Preference,
+    Ranking,
+    Turns,
+    parse_row,
+)
 from ..recipes.schema import RowFormat
 from .check_copies import first_target
 from .check_findings import Note
@@ -71,6 +80,8 @@ def row_notes(looked: Looked, row_format: RowFormat, vocabulary: Vocabulary, seq
     if looked.sample is not None:
         yield from parsed_notes(parse_row(looked.values, row_format))
         yield from sample_notes(looked.sample, vocabulary)
+    elif looked.parsed is not None:
+        yield from parsed_notes(looked.parsed)
 
 
 def fit_notes(looked: Looked, sequence_length: int) -> Iterator[Note]:
@@ -106,6 +117,14 @@ def parsed_notes(row: Parsed) -> Iterator[Note]:
             yield from _completion_notes(row)
         case Conversation():
             yield from _conversation_notes(row.messages)
+        case Preference():
+            yield from _answers_notes(row, {"chosen": row.chosen, "rejected": row.rejected})
+        case BinaryPreference():
+            yield from _answers_notes(row, {"completion": row.completion})
+        case Ranking():
+            yield from _answers_notes(row, {f"response {n}": one for n, one in enumerate(row.responses)})
+            if len(set(row.scores)) == 1:
+                yield Note("equal-scores", f"{len(row.scores)} responses")
 
 
 def _conversation_notes(turns: Sequence[Message]) -> Iterator[Note]:
@@ -132,6 +151,21 @@ def _completion_notes(row: Completion) -> Iterator[Note]:
         yield Note("missing-prompt")
     elif _is_letter(row.prompt[-1:]) and _is_letter(row.completion[:1]):
         yield Note("glued", f"…{row.prompt[-12:]}{row.completion[:12]}…")
+
+
+def _answers_notes(row: Preference | BinaryPreference | Ranking, answers: Mapping[str, Turns]) -> Iterator[Note]:
+    """About what is compared, or judged, by its name."""
+    if _says_nothing(row.prompt) and not row.documents:
+        yield Note("missing-prompt")
+    if (blank := next((name for name, answer in answers.items() if _says_nothing(answer)), None)) is not None:
+        yield Note("empty-answer", blank)
+    pairs = itertools.combinations(answers.items(), 2)
+    if equal := next(((one, other) for (one, said), (other, again) in pairs if said == again), None):
+        yield Note("equal-answers", " and ".join(equal))
+
+
+def _says_nothing(turns: Turns) -> bool:
+    return not turns.strip() if isinstance(turns, str) else all(map(_is_blank, turns))
 
 
 def _is_letter(character: str) -> bool:

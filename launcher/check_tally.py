@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..recipes.formats import REQUIRED
 from ..recipes.methods.base import RowId, Sample
+from ..recipes.rows import BinaryPreference
 from ..recipes.schema import Overlong, RowFormat
 from .check_copies import Side, answer_digest
 from .check_findings import Collector, Finding, Note, about
@@ -37,7 +38,8 @@ OUTLIER_FACTOR = 8.0
 @dataclass
 class Tally:
     """A source in numbers. `lengths`: tokens of whole samples, before anything is cut; `fitted`: of the pieces that go
-    into sequences. `known_rows` None: only reading would tell."""
+    into sequences. `known_rows` None: only reading would tell. `refusal`: why the method learns from none of its rows,
+    which are then only read; empty where it does."""
 
     name: str
     side: Side
@@ -45,6 +47,7 @@ class Tally:
     row_format: RowFormat
     known_rows: int | None
     overlong: Overlong
+    refusal: str = ""
     rows: int = 0
     complete: bool = False
     """Every row was looked at."""
@@ -58,6 +61,7 @@ class Tally:
     """Rows of `lengths`."""
     blank: Counter[str] = field(default_factory=Counter)
     answers: Counter[int] = field(default_factory=Counter)
+    labels: Counter[bool] = field(default_factory=Counter)
     open_ends: int = 0
     notes: Collector = field(init=False)
     _dice: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - what is shown
@@ -73,6 +77,8 @@ class Tally:
         self.rows += 1
         self.read_bytes += glimpse.num_bytes
         self.blank.update(_blank_columns(looked.values or {}, self.row_format))
+        if isinstance(looked.parsed, BinaryPreference):
+            self.labels[looked.parsed.label] += 1
         if looked.sample is not None:
             self.lengths.append(len(looked.sample))
             self.places.append(looked.row)
@@ -158,8 +164,19 @@ def _outliers(lengths: Sequence[int], places: Sequence[RowId]) -> Iterator[tuple
 # --- the source as a whole --------------------------------------------------------------------------------------------
 
 
+def _not_learned_from(tally: Tally) -> Iterator[Finding]:
+    if tally.refusal:
+        yield about("unreadable-source", tally.name, tally.refusal)
+
+
+def _one_label(tally: Tally) -> Iterator[Finding]:
+    if len(tally.labels) == 1 and tally.labels.total() > 1:
+        ((label, rows),) = tally.labels.items()
+        yield about("one-label", tally.name, f"{str(label).lower()} in all {rows:,}")
+
+
 def _teaches_nothing(tally: Tally) -> Iterator[Finding]:
-    if not tally.fitted:
+    if not tally.fitted and not tally.refusal:
         yield about("teaches-nothing", tally.name, f"{tally.rows:,} looked at")
 
 
@@ -192,7 +209,16 @@ def _small_eval(tally: Tally) -> Iterator[Finding]:
         yield about("small-eval", tally.name, f"{tally.estimated_rows:,.0f} rows")
 
 
-SOURCE_RULES = (_teaches_nothing, _empty_columns, _same_answer, _few_supervised, _end_not_learned, _small_eval)
+SOURCE_RULES = (
+    _not_learned_from,
+    _teaches_nothing,
+    _empty_columns,
+    _one_label,
+    _same_answer,
+    _few_supervised,
+    _end_not_learned,
+    _small_eval,
+)
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..recipes.problems import Origin
 
 if TYPE_CHECKING:
     from ..distributed.run_directory import RunDirectory
+    from ..recipes.checks import Rule
     from ..recipes.load import LoadedRecipe
 
 
@@ -52,15 +53,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
-def load(recipe: Path, overrides: Sequence[str], place: Place) -> LoadedRecipe:
-    """The recipe of a command line. Raises UserError with every mistake."""
+def load(recipe: Path, overrides: Sequence[str], place: Place, without: Collection[Rule] = ()) -> LoadedRecipe:
+    """The recipe of a command line, checked `without` some rules. Raises UserError with every mistake."""
     from ..recipes.load import load_recipe
 
-    loaded = load_recipe(
-        recipe,
-        overrides,
-        **_given(place),
-    )
+    loaded = load_recipe(recipe, overrides, without=without, **_given(place))
     remember(loaded)
     return loaded
 

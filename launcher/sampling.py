@@ -24,6 +24,7 @@ from ..recipes.errors import UserError
 from ..recipes.methods.base import Method, Rejected, Row, RowId, Sample
 from ..recipes.methods.table import build_method
 from ..recipes.naming import source_names
+from ..recipes.rows import Parsed, parse_row
 from ..recipes.schema import Overlong, Recipe
 from .plan_duration import SampleStats
 from .plan_model import is_on_hub
@@ -54,19 +55,23 @@ class Fault(NamedTuple):
 @dataclass(frozen=True)
 class Looked:
     """One row and what became of it. `values`: the row under its standard names (None: unreadable); `sample`: the whole
-    row encoded (None: not got that far); `fitted`: its pieces for sequences, the rejection, or the fault."""
+    row encoded (None: not got that far); `fitted`: its pieces for sequences, the rejection, or the fault. `parsed`: the
+    row where it is only read, because the method learns from no such rows; there are no pieces of it, then."""
 
     row: RowId
     values: Row | None
     sample: Sample | None
     fitted: list[Sample] | Rejected | Fault
+    parsed: Parsed | None = None
 
 
 class Eye:
     """Looks at rows of a source as training would: read, encoded, fitted into sequences. Whatever is wrong with a row
-    is its own affair, so that the others can be looked at too."""
+    is its own affair, so that the others can be looked at too. `method` None: rows are only read."""
 
-    def __init__(self, index: Index, recipe: Recipe, overlong: Overlong, method: Method, encoder: TextEncoder) -> None:
+    def __init__(
+        self, index: Index, recipe: Recipe, overlong: Overlong, method: Method | None, encoder: TextEncoder
+    ) -> None:
         self.index = index
         self.blocks = BlockCache(index.read_block)
         self._rows = RowReader(index, self.blocks)
@@ -80,21 +85,29 @@ class Eye:
             values = self._rows.values(decoded, block, row)
         except UserError as error:
             return Looked(row_id, None, None, Fault("unreadable-row", str(error)))
-        row_format = self.index.sources[0].format
-        try:
-            encoded = self._method.encode(values, row_format, self._encoder)
-        except (UserError, ValueError) as error:
-            return Looked(row_id, values, None, Fault("malformed-row", str(error)))
-        except Exception as error:  # training would end in a traceback here; name the row instead
-            return Looked(row_id, values, None, Fault("malformed-row", f"{type(error).__name__}: {error}"))
-        if isinstance(encoded, Rejected):
-            return Looked(row_id, values, None, encoded)
-        sample = replace(encoded, row=row_id)
+        found = self._understand(values)
+        if isinstance(found, Rejected | Fault):
+            return Looked(row_id, values, None, found)
+        if not isinstance(found, Sample):
+            return Looked(row_id, values, None, [], found)
+        sample = replace(found, row=row_id)
         try:
             fitted = fit(sample, self._data.sequence_length, self._overlong)
         except UserError as error:  # data.overlong: error
             return Looked(row_id, values, sample, Fault("overlong-refused", str(error)))
         return Looked(row_id, values, sample, fitted)
+
+    def _understand(self, values: Row) -> Sample | Parsed | Rejected | Fault:
+        """The row encoded; where no method learns from it, read; or what is wrong with it."""
+        row_format = self.index.sources[0].format
+        try:
+            if self._method is None:
+                return parse_row(values, row_format)
+            return self._method.encode(values, row_format, self._encoder)
+        except (UserError, ValueError) as error:
+            return Fault("malformed-row", str(error))
+        except Exception as error:  # training would end in a traceback here; name the row instead
+            return Fault("malformed-row", f"{type(error).__name__}: {error}")
 
 
 class Glimpse(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from . import deepspeed_config
@@ -28,10 +28,13 @@ _DEFAULT_DECAY_RATIO = 0.2
 _NAMES = re.compile(r"[\w\s,-]+")
 
 
+Rule = Callable[[Recipe], Iterator[Problem]]
+
+
 class Check(NamedTuple):
     """A rule and the top-level sections it reads."""
 
-    rule: Callable[[Recipe], Iterator[Problem]]
+    rule: Rule
     reads: tuple[str, ...]
 
 
@@ -338,9 +341,10 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def run_checks(recipe: Recipe, broken: Set[str] = frozenset()) -> list[Problem]:
-    """The problems of all rules that read none of the `broken` sections."""
-    return [problem for check in CHECKS if not broken & set(check.reads) for problem in check.rule(recipe)]
+def run_checks(recipe: Recipe, broken: Set[str] = frozenset(), without: Collection[Rule] = ()) -> list[Problem]:
+    """The problems of all rules that read none of the `broken` sections, and that the command does not do `without`."""
+    checks = (check for check in CHECKS if not broken & set(check.reads) and check.rule not in without)
+    return [problem for check in checks for problem in check.rule(recipe)]
 
 
 def advice(recipe: Recipe) -> Iterator[Problem]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from .checks import advice, run_checks
+from .checks import Rule, advice, run_checks
 from .document import Document, read_document
 from .errors import UserError
 from .explain import explain
@@ -51,6 +51,7 @@ class _Command:
     nodes: int | None
     gpus_per_node: int | None
     cluster: str | None
+    without: Collection[Rule] = ()
 
 
 def load_recipe(
@@ -61,15 +62,17 @@ def load_recipe(
     nodes: int | None = None,
     gpus_per_node: int | None = None,
     cluster: str | None = None,
+    without: Collection[Rule] = (),
 ) -> LoadedRecipe:
     """Read and check a recipe file.
 
     `overrides` are `key.sub=value` texts, laid over the file (and over its cluster profile) in their order;
-    `cluster` names a profile; `nodes` and `gpus_per_node` come last. `environ` fills `${VAR}`.
+    `cluster` names a profile; `nodes` and `gpus_per_node` come last. `environ` fills `${VAR}`. `without`: rules of
+    `checks` whose findings the command has another answer to.
     Raises RecipeError, a UserError, with every problem; UserError for a file that cannot be read.
     """
     document = read_document(_read(Path(path)), Origin(str(path), 1), environ=environ)
-    command = _Command(Path(path), environ, nodes, gpus_per_node, cluster)
+    command = _Command(Path(path), environ, nodes, gpus_per_node, cluster, without)
     return _laid_over(document, str(path), overrides, command)
 
 
@@ -112,7 +115,7 @@ def _laid_over(document: Document, path: str, overrides: Sequence[str], command:
         raise RecipeError(path, [Problem("", message, origin=Origin(path, 1))])
     _lay_over(document, overrides, command)
     document.data.setdefault("name", _name_of(command.path))
-    return _validate(document, path)
+    return _validate(document, path, command.without)
 
 
 def parse_recipe_text(text: str, file: str = "stored recipe") -> Recipe:
@@ -189,12 +192,12 @@ def _expand_cluster(document: Document, command: _Command) -> None:
         del document.data["cluster"]
 
 
-def _validate(document: Document, path: str) -> LoadedRecipe:
+def _validate(document: Document, path: str, without: Collection[Rule]) -> LoadedRecipe:
     recipe, invalid = _recipe_of(document.data)
     told = {problem.key for problem in document.problems}
     problems = [*document.problems, *(problem for problem in invalid if problem.key not in told)]
     broken = {problem.key.partition(".")[0] for problem in problems}
-    problems += run_checks(recipe or _valid_part(document.data, broken), broken)
+    problems += run_checks(recipe or _valid_part(document.data, broken), broken, without)
     if problems or recipe is None:
         raise _error(document, path, problems)
     warnings = tuple(str(_placed(document, problem).redacted(document.secrets)) for problem in advice(recipe))

@@ -126,7 +126,14 @@ def test_rows_are_taken_from_everywhere_not_from_the_head(capsys, place):
     assert cli.main(["check", "bot.yaml", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sources"][0]["rows_looked_at"] == 40
+    assert found["sources"][0]["files"] == 8
     assert abs(found["sources"][0]["rows_estimated"] - 800) < 40
+    # Every row is of 8 tokens: five words of the prompt, two of the answer, and its end.
+    assert found["sources"][0]["tokens"] == 40 * 8
+    assert abs(found["sources"][0]["tokens_estimated"] - 800 * 8) < 40 * 8
+    said = check(capsys, *words[:-1])[1]
+    assert re.search(r"\n  8 files, .*; 40 of about \d+ rows looked at", said)
+    assert re.search(r"supervised; about 6,\d{3} tokens in all\n", said)
     page = (place / "runs" / "bot" / "check.html").read_text()
     assert all(f"/rows/{file}.jsonl" in page for file in range(8))
     rows = [int(number) for number in re.findall(r"rows/\d\.jsonl, row (\d+) ·", page)]

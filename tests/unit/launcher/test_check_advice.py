@@ -13,7 +13,7 @@ from tiny import chat_rows, make_tokenizer, text_rows, write_jsonl, write_recipe
 from ftlaunch.launcher import cli
 from ftlaunch.launcher.check_findings import KINDS
 
-from .test_check_faults import CHAT, PAIRS, SOURCES, TEXTS
+from .test_check_faults import ROWS, SOURCES
 
 LORA = "adapter={type: lora}"
 WEIGHTS = ("data.train.0.weight=0.5", "data.train.1.weight=0.5")
@@ -96,7 +96,7 @@ def test_what_is_usual_is_not_complained_about(folder, overrides):
 def test_every_kind_is_planted_somewhere():
     """Four need a recipe or a tokenizer of their own, and have tests of their own."""
     alone = {"truncated", "overlong-refused", "end-not-learned", "unknown-token"}
-    planted = {fault.code for fault in (*CHAT, *PAIRS, *TEXTS)} | {code for code, _ in SOURCES}
+    planted = {fault.code for _, _, faults in ROWS for fault in faults} | {code for code, _ in SOURCES}
     assert planted | {code for code, _, _ in OFF} | alone == set(KINDS)
 
 

@@ -111,12 +111,50 @@ TOLD: tuple[Fault, ...] = (
 )
 GOOD_TOLD = [{"instruction": f"add one to {n}", "input": "", "output": f"{n + 1}"} for n in range(9)]
 
+CHOICES: tuple[Fault, ...] = (
+    Fault("unreadable-row", raw=b'{"prompt": "a or b?", "chosen"'),
+    Fault("unreadable-row", {"prompt": "a or b?", "chosen": "a"}),
+    Fault("malformed-row", {"prompt": "a or b?", "chosen": ["a"], "rejected": "b"}),
+    Fault("malformed-row", {"prompt": "a or b?", "chosen": "", "rejected": "b"}),
+    Fault("malformed-row", {"prompt": None, "chosen": "a", "rejected": "b"}),
+    Fault("equal-answers", {"prompt": "a or b?", "chosen": "b", "rejected": "b"}),
+    Fault("empty-answer", {"prompt": "one or two?", "chosen": "one", "rejected": " "}),
+    Fault("missing-prompt", {"prompt": " ", "chosen": "answered", "rejected": "refused"}),
+    Fault("wrong-encoding", {"prompt": "the cafÃ© is?", "chosen": "closed", "rejected": "open"}),
+    Fault("secret", {"prompt": "deploy", "chosen": "no", "rejected": "AKIAABCDEFGHIJKLMNOP"}),
+    Fault("duplicate", {"prompt": "2 or 3?", "chosen": "3", "rejected": "2"}),
+)
+GOOD_CHOICES = [{"prompt": f"{n} or {n + 1}?", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(9)]
+
+JUDGED: tuple[Fault, ...] = (
+    Fault("malformed-row", {"prompt": "is it?", "completion": "it is", "label": "perhaps"}),
+    Fault("empty-answer", {"prompt": "is it not?", "completion": " ", "label": False}),
+    Fault("missing-prompt", {"prompt": "", "completion": "it is so", "label": True}),
+    Fault("near-duplicate", {"prompt": "Is 3 odd", "completion": "YES, 3.", "label": 1}),
+    Fault("control-character", {"prompt": "ring", "completion": "bell \x07", "label": True}),
+)
+GOOD_JUDGED = [{"prompt": f"is {n} odd?", "completion": f"yes, {n}", "label": n % 2} for n in range(9)]
+
+RANKED: tuple[Fault, ...] = (
+    Fault("malformed-row", {"prompt": "best?", "responses": ["only one"]}),
+    Fault("malformed-row", {"prompt": "best?", "responses": ["one", "two"], "scores": [1.0]}),
+    Fault("equal-scores", {"prompt": "which?", "responses": ["this", "that", "none"], "scores": [2, 2, 2]}),
+    Fault("equal-answers", {"prompt": "which one?", "responses": ["this", "that", "this"], "scores": [1, 2, 3]}),
+    Fault("empty-answer", {"prompt": "which of them?", "responses": ["this", ""], "scores": [1, 2]}),
+    Fault("missing-prompt", {"prompt": "\n", "responses": ["either", "neither"], "scores": [1, 2]}),
+    Fault("replacement-character", {"prompt": "lost?", "responses": ["a \ufffd", "a sign"], "scores": [1, 2]}),
+)
+GOOD_RANKED = [{"prompt": f"rank {n}", "responses": [f"{n}", f"{n}{n}"], "scores": [n, n + 1]} for n in range(9)]
+
 ROWS = (
     ("chat", FIRST, CHAT),
     ("pairs", GOOD_PAIRS, PAIRS),
     ("texts", GOOD_TEXTS, TEXTS),
     ("shared", GOOD_SHARED, SHARED),
     ("told", GOOD_TOLD, TOLD),
+    ("choices", GOOD_CHOICES, CHOICES),
+    ("judged", GOOD_JUDGED, JUDGED),
+    ("ranked", GOOD_RANKED, RANKED),
 )
 """(source, its good rows, the faulty ones behind them)."""
 
@@ -133,6 +171,10 @@ SOURCES = (
     ("unreadable-source", "gone"),
     ("unreadable-source", "odd"),  # its second file lacks the column
     ("unreadable-source", "choices"),  # in a format that the method does not learn from
+    ("unreadable-source", "judged"),
+    ("unreadable-source", "ranked"),
+    ("unreadable-source", "praised"),
+    ("one-label", "praised"),
 )  # fmt: skip
 """Faults that are of a source, or are found by comparing sources."""
 
@@ -156,7 +198,9 @@ def write_data(folder: Path) -> None:
     """All the sources, each with its faults behind its good rows."""
     for name, good, faults in ROWS:
         write_lines(folder / f"{name}.jsonl", good, faults)
-    write_jsonl(folder / "choices.jsonl", [{"prompt": "a or b?", "chosen": "b", "rejected": "a"}])
+    write_jsonl(
+        folder / "praised.jsonl", [{**row, "completion": f"{n}!", "label": 1} for n, row in enumerate(GOOD_JUDGED)]
+    )
     (folder / "letters").mkdir()
     whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in text_rows(9, seed=5)))
     (folder / "letters" / "1.jsonl.gz").write_bytes(whole)
@@ -188,7 +232,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"path": "labels.jsonl"},
         {"path": "essays.jsonl"},
     ]
-    evaluated = [{"path": path} for path in ("held-out.jsonl", "silent.jsonl", "gone.jsonl", "odd", "choices.jsonl")]
+    names = ("held-out.jsonl", "silent.jsonl", "gone.jsonl", "odd", "choices.jsonl", "ranked.jsonl")
+    evaluated = [{"path": path} for path in names]
+    # Their columns are those of a prompt and its completion, too.
+    evaluated += [{"path": path, "format": "binary_preference"} for path in ("judged.jsonl", "praised.jsonl")]
     for source in [*train, *evaluated]:
         source["path"] = str(folder / source["path"])
     recipe = {
@@ -241,6 +288,18 @@ def test_good_rows_are_accused_of_nothing(found):
         findings = [each for each in found["findings"] if each["where"] == source]
         rows = {int(row["row"].rpartition("row ")[2]) for each in findings for row in each["rows"]}
         assert [row for row in rows if row < len(good)] == []
+
+
+def test_rows_that_the_method_does_not_learn_from_are_read_and_their_source_is_one_error(found):
+    read_only = {"choices", "judged", "ranked", "praised"}
+    of_source = [each for each in found["findings"] if each["where"] in read_only and not each["rows"]]
+    expected = {("unreadable-source", name) for name in read_only} | {("one-label", "praised")}
+    assert sorted((each["code"], each["where"]) for each in of_source) == sorted(expected)
+    assert all("method sft reads chat" in each["what"] for each in of_source if each["code"] == "unreadable-source")
+    sources = {source["name"]: source for source in found["sources"]}
+    for name in read_only:
+        assert (sources[name]["complete"], sources[name]["samples"], sources[name]["tokens"]) == (True, 0, 0)
+    assert sources["choices"]["rows_looked_at"] == len(GOOD_CHOICES) + len(CHOICES)
 
 
 def test_copies_name_their_originals(found):
