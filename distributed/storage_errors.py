@@ -52,6 +52,11 @@ _ELSEWHERE = (
     "the bucket lies in another region, or at another endpoint ({}). Set AWS_DEFAULT_REGION, or the source's "
     "storage_options: {{client_kwargs: {{region_name: REGION}}}}."
 )
+CHANGED_REMEDY = (
+    "Bring the old one back, go on with the data as it is now with --accept-changed-data (the epoch begins again), or "
+    "begin a new run with --fresh."
+)
+_SHORTER = f"the file is shorter than when it was listed ({{}}): it was changed. {CHANGED_REMEDY}"
 S3_CODES = {
     "ExpiredToken": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
@@ -64,8 +69,8 @@ S3_CODES = {
     "301": _ELSEWHERE,
     "NoSuchBucket": "there is no such bucket at this endpoint ({}). Check its name, AWS_ENDPOINT_URL and endpoint_url.",
     "InvalidObjectState": "the object is archived ({}). Restore it from Glacier first.",
-    "InvalidRange": "the file is shorter than when it was listed ({}): it was changed. Bring it back, or use --fresh.",
-    "416": "the file is shorter than when it was listed ({}): it was changed. Bring it back, or use --fresh.",
+    "InvalidRange": _SHORTER,
+    "416": _SHORTER,
 }
 """What S3's error codes (Amazon S3 API reference, "Error responses") mean for whoever started the run."""
 

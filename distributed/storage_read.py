@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..recipes.errors import UserError
-from .storage_errors import protocol
+from .storage_errors import CHANGED_REMEDY, protocol
 from .storage_list import etag_of, local_etag, look_at
 from .storage_place import SAME_AS, FileInfo, filesystem, is_local, local_path
 from .storage_retry import RETRY, RetryPolicy, ShortReadError, retrying
@@ -86,7 +86,7 @@ def _unchanged(file: FileInfo, etag: str) -> None:
     if etag != file.etag:
         raise UserError(
             f"{file.url}: changed while it was read (was {file.etag}, is {etag}). A run reads the files it was started "
-            "on: bring the old one back, or start again on the new one with --fresh."
+            f"on. {CHANGED_REMEDY}"
         )
 
 

@@ -19,9 +19,10 @@ import pytest
 import s3fs
 from faulty_proxy import PASSING, REFUSALS, FaultyProxy
 from servers import moto_process
-from tiny import recipe_for, write_recipe
+from tiny import recipe_for, text_rows, write_parquet, write_recipe
 
 from ftlaunch.distributed import entry, storage, storage_retry, storage_throttle
+from ftlaunch.distributed.data import feed, lanes, order, stream
 from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.changes import find_changes
 from ftlaunch.distributed.data.index import Index
@@ -149,19 +150,19 @@ def rows_served(*paths: str, **options) -> Counter[int]:
     sources = (TrainSource(path=paths, format="text", storage_options=options),)
     data = Data(train=sources, sequence_length=32, pack_buffer=4)
     recipe = Recipe(name="t", model=Model(path="m"), data=data, train=Train(global_batch_size=4, num_epochs=1))
-    stream = open_stream(
+    opened = open_stream(
         index=build_index(sources, ["s"], block_bytes=120), recipe=recipe, world_rank=0, world_size=1, streams=4,
         encode=encode, collate=lay_out,
     )  # fmt: skip
     served: Counter[int] = Counter()
     try:
-        while (step := stream.next_step()).num_bins:
+        while (step := opened.next_step()).num_bins:
             for micro in step.micro_batches:
                 for place, rows in enumerate(micro.batch.rows):
                     starts = np.flatnonzero(micro.batch.position_ids[place] == 0)[: len(rows)]
                     served.update((micro.batch.input_ids[place, starts] - 1).tolist())
     finally:
-        stream.close()
+        opened.close()
     return served
 
 
@@ -278,7 +279,7 @@ def test_an_object_that_changes_in_mid_run_is_named_and_never_mixed(s3):
     index = build_index([Source(path=url, format="text")], ["s"], block_bytes=1200)
     assert index.read_block(0).num_rows == 75
     change(client, "changing.jsonl")
-    with pytest.raises(UserError, match=rf"{url}: changed while it was read .*--fresh"):
+    with pytest.raises(UserError, match=rf"{url}: changed while it was read .*--accept-changed-data .*--fresh"):
         index.read_block(1)
     storage.write_bytes(url, b"short\n")
     with pytest.raises(UserError, match=rf"{url}: .*(changed|shorter)"):
@@ -353,6 +354,50 @@ def test_a_run_over_a_bucket_that_refuses_ends_with_the_remedy(s3, tmp_path, cap
     s3.applies = lambda method, path: method == "GET" and "list-type" not in path
     assert entry.main([path, "name=reading"]) == 1
     assert re.search(r"s3://acme/data/.*access denied.*AWS_ACCESS_KEY_ID", " ".join(capsys.readouterr().err.split()))
+
+
+def test_a_run_whose_clock_is_wrong_is_no_mistake_of_the_recipe(s3, tmp_path, capsys):
+    path = recipe_over_the_bucket(tmp_path)
+    s3.rates = {"RequestTimeTooSkewed": 1.0}
+    s3.applies = lambda method, path: True
+    for command in (entry.main, cli.main):
+        assert command([path]) == 2
+        said = capsys.readouterr()
+        assert re.search(r"s3://acme/data.*the clock of .* is wrong.*timedatectl", " ".join(said.err.split())), said
+        assert "Traceback" not in said.out + said.err
+
+
+def test_a_run_whose_data_changes_under_it_stops_and_goes_on_where_it_is_told_to(s3, tmp_path, capsys, monkeypatch):
+    key = "changes/rows.parquet"
+    before, after = (write_parquet(tmp_path / f"{n}.parquet", text_rows(24, seed=n), row_group_size=2) for n in (0, 1))
+    storage.write_bytes(f"s3://acme/{key}", before.read_bytes())
+    # So that every epoch reads the file again, not long before its rows are learned.
+    for module, name in (
+        (stream, "CACHE_BYTES"),
+        (order, "WINDOW_BYTES"),
+        (lanes, "WINDOW_BYTES"),
+        (feed, "AHEAD_STEPS"),
+    ):
+        monkeypatch.setattr(module, name, 1)
+
+    def emit(_, event) -> None:
+        if event["kind"] == "step" and event["step"] == 1:
+            storage.write_bytes(f"s3://acme/{key}", after.read_bytes())
+
+    recipe = recipe_for(tmp_path, train={"max_steps": 20, "global_batch_size": 4}, checkpoint={"every_steps": 2})
+    recipe["data"] |= {"train": [{"path": f"s3://acme/{key}", "format": "text"}], "eval": [], "streams": 1}
+    path = str(write_recipe(tmp_path / "changing.yaml", recipe))
+    with monkeypatch.context() as patch:
+        patch.setattr(entry.PlainMonitor, "emit", emit)
+        assert entry.main([path]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(rf"s3://acme/{key}: (changed while|.*it was changed).*--accept-changed-data.*--fresh", said), said
+    assert entry.main([path]) == 1
+    assert "no longer what this run was started on" in capsys.readouterr().err
+    assert entry.main([path, "--accept-changed-data"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"files of data\.train have changed: epoch \d+ begins again on them", said), said
+    assert "step: step=20 " in said
 
 
 def test_without_credentials_the_variables_are_named(no_credentials):

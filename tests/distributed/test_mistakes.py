@@ -6,10 +6,12 @@ import json
 import re
 
 import pytest
-from mistakes import MISTAKES, prepare
+from mistakes import MISTAKES, Mistake, prepare, train_path
+from tiny import write_parquet
 
 from ftlaunch.distributed import entry
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
+from ftlaunch.distributed.data import memory
 from ftlaunch.launcher import cli
 
 
@@ -58,6 +60,19 @@ def test_what_a_refusal_offers_is_understood_under_torchrun_too(tmp_path, capsys
     assert "--accept-changed-data can be given. Give the new run another name" in (capsys.readouterr().err)
     assert entry.main([*arguments, *changed, "--accept-changes"]) == 0
     assert "extending run" in capsys.readouterr().err
+
+
+def test_a_row_group_that_memory_does_not_hold_is_refused_before_anything_is_started(tmp_path, capsys, monkeypatch):
+    arguments = prepare(Mistake("", train_path("wide.parquet", format="text"), ()), tmp_path)
+    rows = [{"text": f"{number} {'0123456789' * 100}"} for number in range(100)]
+    write_parquet(tmp_path / "wide.parquet", rows, row_group_size=100)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 20_000)
+    for command in (cli.main, entry.main):
+        assert command(arguments) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(r"wide\.parquet: row group 0 takes at least .* of memory.*smaller row groups", said), said
+        assert list(tmp_path.glob("runs/tiny/index/*")) == [], "not only when it is read"
 
 
 def test_rows_that_teach_nothing_are_counted_and_the_rest_is_trained_on(tmp_path, monkeypatch):
