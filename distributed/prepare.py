@@ -44,6 +44,12 @@ ONCE = Fraction(1)
 
 METADATA = b"ftlaunch.prepared"
 
+NOT_IN_SHARDS = {
+    *("path", "storage_options", "format", "overlong"),  # what they amount to is digested in their place
+    *("name", "weight", "primary", "repeat", "num_epochs"),  # what the run still decides
+}
+"""Keys of a source that do not themselves change what its shards hold."""
+
 Kind = Literal["train", "eval"]
 
 
@@ -59,9 +65,14 @@ class Piece:
     count: int
 
     @property
+    def folder(self) -> str:
+        """Of the source's shards, below the folder that is written to."""
+        return f"{self.kind}/{self.name}"
+
+    @property
     def path(self) -> str:
         """The shard's, below the folder that is written to."""
-        return f"{self.kind}/{self.name}/part-{self.number:05d}-of-{self.count:05d}.parquet"
+        return f"{self.folder}/part-{self.number:05d}-of-{self.count:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -109,11 +120,17 @@ class Preparation:
         return index.select(piece.source)
 
     @cached_property
-    def digest(self) -> str:
-        """Of everything that a shard's content depends on."""
-        data = self.data.model_dump(mode="json", include={"sequence_length", "overlong", "eval", "train"})
-        files = [(file.url, file.size, file.etag) for index in (self.train, self.eval) if index for file in index.files]
-        return _digest([self.encoder, data, files])
+    def digests(self) -> dict[str, str]:
+        """`KIND/NAME` of each source -> a digest of everything that the content of its shards depends on."""
+        return {piece.folder: self._digest(piece) for piece in self.pieces() if piece.number == 0}
+
+    def _digest(self, piece: Piece) -> str:
+        source, index = self.source_of(piece), self.index_of(piece)
+        how = source.model_dump(mode="json", exclude=NOT_IN_SHARDS)
+        overlong = policies(index, self.data, [source])[0]
+        files = [(file.url, file.size, file.etag) for file in index.files]
+        rows = [piece.kind, self.fraction, index.sources[0].format, overlong, how, files]
+        return _digest([self.encoder, self.data.sequence_length, rows])
 
     def keeps(self, piece: Piece) -> Keep:
         """Which rows of its source a piece takes."""
@@ -157,7 +174,7 @@ def prepare_piece(preparation: Preparation, piece: Piece, encode: RowEncoder) ->
     rejected = [f"{row}: {refused.reason}" for row, refused in stream.rejections]
     content = shard.content(
         {
-            "digest": preparation.digest,
+            "digest": preparation.digests[piece.folder],
             "encoder": preparation.encoder,
             "sequence_length": preparation.data.sequence_length,
             "counts": counts,
@@ -182,9 +199,9 @@ def _open(preparation: Preparation, piece: Piece, encode: RowEncoder) -> Logical
 
 def _done(preparation: Preparation, piece: Piece, url: str) -> Prepared:
     about = read_about(storage.info(url))
-    if about is None or about["digest"] != preparation.digest:
+    if about is None or about["digest"] != preparation.digests[piece.folder]:
         raise UserError(
-            f"{url}: was prepared from other data, or with another tokenizer, template, method or sequence length. "
+            f"{url}: was prepared from other rows, or with another tokenizer, template, method or sequence length. "
             "Remove the folder, or prepare to another one."
         )
     return Prepared(piece, about["counts"], about["rejected"], storage.info(url).size)
@@ -282,4 +299,4 @@ def check_prepared(index: Index, key: str, encode: RowEncoder, sequence_length: 
 
 def counts_by_source(done: list[Prepared]) -> dict[str, dict[str, int]]:
     """`KIND/NAME` -> its counters, summed over the pieces."""
-    return counters.total({f"{one.piece.kind}/{one.piece.name}": one.counts} for one in done)
+    return counters.total({one.piece.folder: one.counts} for one in done)

@@ -147,7 +147,7 @@ def _refuse_other_file(path: Path) -> None:
 def _write_manifest(loaded: LoadedRecipe, preparation: Preparation, done: Sequence[Prepared]) -> None:
     about = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "digest": preparation.digest,
+        "digests": preparation.digests,
         "encoder": preparation.encoder,
         "sequence_length": preparation.data.sequence_length,
         "sources": counts_by_source(list(done)),
@@ -160,7 +160,7 @@ def _show(done: Sequence[Prepared], seconds: float, recipe: Path) -> None:
     console = Console()
     table = Table("source", "rows", "tokens", "supervised", "refused", "shards", "size")
     for name, counts in counts_by_source(list(done)).items():
-        mine = [one for one in done if f"{one.piece.kind}/{one.piece.name}" == name]
+        mine = [one for one in done if one.piece.folder == name]
         refused = sum(number for counter, number in counts.items() if counter.startswith("rejected/"))
         numbers = [counts.get("rows", 0), counts.get("tokens", 0), counts.get("supervised", 0), refused, len(mine)]
         table.add_row(name, *map(units.count, numbers), units.size(sum(one.nbytes for one in mine)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -20,8 +21,10 @@ from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.data.stream import open_stream
 from ftlaunch.distributed.indexing import eval_index, train_index
 from ftlaunch.distributed.model_files import find_model
-from ftlaunch.distributed.row_encoder import open_encoder, spec_of
+from ftlaunch.distributed.prepare import Preparation, encoder_digest, prepare_piece
+from ftlaunch.distributed.row_encoder import RowEncoder, open_encoder, spec_of
 from ftlaunch.launcher import cli
+from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.load import load_recipe
 from ftlaunch.recipes.methods.table import build_method
 from ftlaunch.recipes.schema import TrainSource
@@ -162,6 +165,42 @@ def test_another_recipe_is_refused(folder, prepared, change, says):
     assert says in said
     code, said = run(ftlaunch("prepare", "recipe.yaml", change, "--to", str(prepared[0])), folder)
     assert code == 1, said
+
+
+def preparation_of(folder: Path, recipe: Path, *changes: str) -> tuple[Preparation, RowEncoder]:
+    """What `ftlaunch prepare` would make into `folder`/shards."""
+    loaded = load_recipe(recipe, changes, environ=environment()).recipe
+    encode = open_encoder(spec_of(loaded, find_model(loaded.model.path), now=None))
+    train, held_out = (
+        build_index(one.sources, one.names) for one in (train_index(loaded.data), eval_index(loaded.data))
+    )
+    return Preparation(loaded.data, train, held_out, encoder_digest(encode), str(folder / "shards")), encode
+
+
+def test_only_what_a_shard_holds_is_held_against_it(folder, prepared):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "shards").rglob("*.parquet")}
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    recipe["data"]["train"].append({"path": str(write_jsonl(folder / "new.jsonl", text_rows(9))), "weight": 0.3})
+    larger = write_recipe(folder / "larger.yaml", recipe)
+    changes = ["data.train.0.weight=0.1", "data.train.0.repeat=false", "data.train.1.num_epochs=2.5"]
+    changed, encode = preparation_of(folder, larger, *changes, "data.train.2.primary=true")
+    elsewhere = [source.model_copy(update={"storage_options": {"anon": True}}) for source in changed.data.train]
+    changed = replace(changed, data=changed.data.model_copy(update={"train": tuple(elsewhere)}))
+    made = {piece.folder: prepare_piece(changed, piece, encode).nbytes for piece in changed.pieces()}
+    assert made.keys() == {"train/chat", "train/text", "train/more", "train/new", "eval/chats"}
+    after = {path: path.stat().st_mtime_ns for path in (folder / "shards").rglob("*.parquet")}
+    assert {path: after[path] for path in before} == before
+    assert [path.parent.name for path in after.keys() - before.keys()] == ["new"]
+
+    refused = set()
+    other, encode = preparation_of(folder, folder / "recipe.yaml", "data.train.2.skip=6")
+    for piece in other.pieces():
+        try:
+            prepare_piece(other, piece, encode)
+        except UserError as error:
+            assert "was prepared from other rows" in str(error)
+            refused.add(piece.folder)
+    assert refused == {"train/more"}
 
 
 def test_mistakes_are_named_together(tmp_path, capsys):
