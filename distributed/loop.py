@@ -63,6 +63,8 @@ class StepTotals:
     """A save is due by the clock of rank 0."""
     data_wait_s: float
     """Until every rank had its data, as this rank saw it."""
+    reader_idle_s: float
+    """How long readers stood still because the loop had enough, on average of the ranks."""
 
 
 def train(run: Run) -> str:
@@ -144,10 +146,12 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
         weight = sum(run.method.weight(micro.batch) for micro in step.micro_batches)
         counted = step.num_bins, step.num_tokens, step.served_bytes, step.read_bytes, step.needed_bytes
         is_late = run.group.world.is_main and run.saver.is_late()
-        return step, [weight, *counted, run.monitor.stop_requested(), is_late, run.saver.has_failed]
+        flags = run.monitor.stop_requested(), is_late, run.saver.has_failed
+        return step, [weight, *counted, *flags, step.reader_idle_s / run.group.world.size]
 
     watch = Stopwatch()
-    batches, [weight, *sums, stop, late, lost] = run.group.act_and_sum(read, width=9, doing="reading training data")
+    batches, found = run.group.act_and_sum(read, width=10, doing="reading training data")
+    weight, *sums, stop, late, lost, reader_idle_s = found
     if lost:
         run.saver.settle()
     num_bins, num_tokens, served_bytes, read_bytes, needed_bytes = map(int, sums)
@@ -161,6 +165,7 @@ def _agree_on_step(run: Run) -> tuple[StepBatches, StepTotals]:
         stop=bool(stop),
         save=bool(late),
         data_wait_s=watch.lap(),
+        reader_idle_s=reader_idle_s,
     )
     if totals.num_bins and not totals.weight:
         raise UserError(f"step {run.extent.steps + 1}: no token of the whole global batch is supervised.")
@@ -222,6 +227,7 @@ def _record(run: Run, totals: StepTotals, values: dict[str, float]) -> None:
             "supervised_tokens": totals.weight,
             "tokens_per_s": totals.num_tokens / values["step_s"],
             "data_wait_s": totals.data_wait_s,
+            "reader_idle_s": totals.reader_idle_s,
             "data_read_bytes": totals.read_bytes,
             "data_needed_bytes": totals.needed_bytes,
             "memory_bytes": memory_bytes(run.group.world),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Protocol
 
@@ -49,7 +50,10 @@ def _nbytes(micro: MicroBatch) -> int:
 class Room:
     """Bytes and steps that may still wait; `take` blocks while there is no room. One step always fits."""
 
-    def __init__(self, max_bytes: int, max_steps: int) -> None:
+    def __init__(self, max_bytes: int, max_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.waited_s = 0.0
+        """How long the last `take` waited."""
+        self._clock = clock
         self._max_bytes = max_bytes
         self._max_steps = max_steps
         self._bytes = 0
@@ -60,7 +64,11 @@ class Room:
     def take(self, nbytes: int) -> bool:
         """Wait for room for a step; False once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._fits(nbytes))
+            self.waited_s = 0.0
+            if not self._fits(nbytes):
+                began = self._clock()
+                self._changed.wait_for(lambda: self._closed or self._fits(nbytes))
+                self.waited_s = self._clock() - began
             self._bytes += nbytes
             self._steps += 1
             return not self._closed
@@ -152,6 +160,6 @@ class ThreadFeed:
                 part = self._reader.next_part()
                 if not self._room.take(nbytes_of(part)):
                     return
-                self._queue.put(part)
+                self._queue.put(part._replace(reader_idle_s=self._room.waited_s))
         except BaseException as error:  # handed to the loop, which raises it
             self._queue.put(error)

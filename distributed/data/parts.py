@@ -53,6 +53,8 @@ class Part(NamedTuple):
     read_bytes: int
     needed_bytes: int
     states: States | bytes
+    reader_idle_s: float = 0.0
+    """How long the reader stood still with this part made, because enough others waited for the loop."""
 
 
 def collated_length(bins: Iterable[Sequence[Sample]], sequence_length: int) -> int:

@@ -48,7 +48,7 @@ def _read(channel: socket.socket) -> None:
     while True:
         part = reader.next_part()
         room.take(nbytes_of(part))
-        wire.send(channel, part._replace(states=_packed(part.states)))
+        wire.send(channel, part._replace(states=_packed(part.states), reader_idle_s=room.waited_s))
 
 
 def _packed(states: Any) -> bytes:

@@ -36,7 +36,7 @@ class StepBatches(NamedTuple):
     rank's micro-batches; a step with no bins on any rank is the end. `rejections`: some of the rows that were refused.
     `read_bytes`: stored bytes of the blocks that were read since the last step, ahead of the loop, `needed_bytes` of
     the rows in them that are served: blocks that several streams or ranks share are read by each. `data_wait_s`: how
-    long the loop waited for this step.
+    long the loop waited for this step; `reader_idle_s`: how long readers stood still with it, on average of them.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -48,6 +48,7 @@ class StepBatches(NamedTuple):
     read_bytes: int
     needed_bytes: int
     data_wait_s: float
+    reader_idle_s: float
 
 
 class Stream:
@@ -82,6 +83,7 @@ class Stream:
             sum(part.read_bytes for part in parts),
             sum(part.needed_bytes for part in parts),
             waited,
+            sum(part.reader_idle_s for part in parts) / len(parts),
         )
 
     def state(self) -> dict[str, dict[str, Any]]:

@@ -82,6 +82,14 @@ def ends(pid):
     return True
 
 
+@pytest.mark.parametrize("readers", [0, 1, 3])
+def test_readers_say_how_long_they_stood_still(folder, readers):
+    with closing(open_readers(folder, readers)) as stream:
+        assert stream.next_step().reader_idle_s == 0.0, "nothing waited for the loop yet"
+        while not stream.next_step().reader_idle_s:
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("readers", "micro_batch_size", "processes"), [(1, 1, 1), (3, 1, 3), (9, 2, 2), (2, 3, 1)])
 def test_any_number_of_readers_makes_the_same_steps(folder, readers, micro_batch_size, processes):
     whole = read(open_readers(folder, 0, micro_batch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from tiny import make_model, recipe_for
 from torch._dynamo.utils import counters
 from training import Trained, train, train_all
 
+from ftlaunch.distributed.data import feed, stream
+from ftlaunch.distributed.data.build import build_index
 from ftlaunch.distributed.model import base_name
 from ftlaunch.distributed.world import World
+from ftlaunch.recipes.schema import TrainSource
 
 FP32_TOLERANCE = 1e-5
 """Relative, of a loss after some steps: sums in another order."""
@@ -66,6 +70,24 @@ def test_a_run_of_so_many_tokens_with_wsd_and_two_held_out_sets(tmp_path):
     assert before.keys() == after.keys() == {"chats/loss", "texts/loss"}
     assert all(after[name] < before[name] for name in before)
     assert after["chats/loss"] != after["texts/loss"]
+
+
+def test_a_disk_cache_lets_every_block_be_fetched_once_for_all_epochs_and_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CACHE_BYTES", 1)  # no rank keeps a block in its memory
+    monkeypatch.setattr(feed, "AHEAD_STEPS", 1)  # readers are held back
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = recipe(tmp_path, "kept", train={"max_steps": None, "num_epochs": 2})
+    paths = [tmp_path / "chat.jsonl", tmp_path / "text.parquet"]
+    sources = [{"path": str(path), "overlong": "truncate_right"} for path in paths]
+    settings["data"] |= {"train": sources, "eval": [], "disk_cache_gb": 0.01}
+    without = {**settings, "name": "again", "data": {**settings["data"], "disk_cache_gb": None}}
+    kept, again = train_all([settings, without], 2)
+    index = build_index([TrainSource.model_validate(one) for one in sources], ["chat", "text"])
+    stored = int(index.block_bytes.sum())
+    assert sum(step["data_read_bytes"] for step in kept.steps) == stored
+    assert sum(step["data_read_bytes"] for step in again.steps) > 1.5 * stored
+    assert kept.losses == again.losses
+    assert sum(step["reader_idle_s"] for step in kept.steps) > 0
 
 
 def test_a_held_out_fraction_is_measured_and_left_out_of_every_pass(tmp_path):

@@ -248,3 +248,23 @@ def test_room_is_counted_in_bytes_and_in_steps_and_one_step_always_fits():
     assert room.take(20)
     room.close()
     assert not room.take(0), "three steps wait, whatever their size; closing wakes who waits"
+
+
+def test_room_says_how_long_a_reader_stood_still():
+    now, stands_still = [0.0], threading.Event()
+
+    def clock():
+        began = now[0]
+        stands_still.set()
+        return began
+
+    room = Room(10, 1, clock)
+    assert room.take(1)
+    assert room.waited_s == 0.0
+    thread = threading.Thread(target=room.take, args=(1,))
+    thread.start()
+    assert stands_still.wait(60)
+    now[0] = 5.0
+    room.give_back(1)
+    thread.join()
+    assert room.waited_s == 5.0
