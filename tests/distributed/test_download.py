@@ -87,6 +87,31 @@ def test_a_run_behind_no_door_trains_as_on_the_files_themselves(hub: Hub, tmp_pa
     assert len(list((tmp_path / "shared/data").rglob("*.parquet"))) == 4
 
 
+def test_a_run_streams_from_the_hub_and_keeps_the_commit_that_it_began_on(hub: Hub, tmp_path):
+    constant = {"max_steps": 4, "lr_scheduler": "constant", "warmup_ratio": 0.0}  # the same whenever the run ends
+    recipe = recipe_for(tmp_path, train=constant, checkpoint={"every_steps": None})
+    texts = [write_parquet(tmp_path / f"train-{n}.parquet", text_rows(30, seed=n)) for n in (0, 1)]
+    source = {"format": "text", "name": "texts"}
+    recipe["data"] |= {"train": [{**source, "path": [str(path) for path in texts]}], "eval": []}
+    here = train({**recipe, "name": "here"}, 1)
+
+    pushed = {f"data/train-0000{n}-of-00002.parquet": path.read_bytes() for n, path in enumerate(texts)}
+    commit = hub.push("acme/streamed", pushed)
+    recipe["data"]["train"] = [{**source, "path": "hub:acme/streamed"}]
+    write_recipe(tmp_path / "bot.yaml", {**recipe, "name": "bot"})
+    variables = {**hub.environment(tmp_path / "home"), "HF_DATASETS_OFFLINE": "0"}
+    code, said = run(rank_alone("bot.yaml", "train.max_steps=2"), tmp_path, variables)
+    assert code == 0, said
+    hub.push("acme/streamed", {**pushed, "data/train-00001-of-00002.parquet": texts[0].read_bytes()})
+    hub.asked.clear()
+    code, said = run(rank_alone("bot.yaml"), tmp_path, variables)
+    assert code == 0, said
+    assert "changed" not in said
+    read = asked_for_bytes(hub)
+    assert read and all(f"/resolve/{commit}/" in path for path in read)
+    assert read_run(tmp_path / "runs/bot").losses == here.losses
+
+
 def test_errors_are_those_of_a_run(hub: Hub, tmp_path):
     recipe = recipe_for(tmp_path)
     recipe["model"]["path"] = "acme/nothing"
