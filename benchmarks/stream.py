@@ -2,7 +2,8 @@
 
 All sides read the same rows from an S3 server on loopback whose link and round trip are set, shuffle, tokenise with
 the same tokenizer and hand out batches; ftlaunch packs besides. Peers that need a format of their own got the rows
-converted before. `bare` reads the files in order from a local disk in a plain loop: the limit where no link binds.
+converted before, and `ours_prepared` reads shards of `ftlaunch prepare`, which are as large as they are. `bare` reads
+the files in order from a local disk in a plain loop: the limit where no link binds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import Table, arguments, interleave, parse, write_results
-from stream_bench import Shape, Turn, convert, serving, write_shards, write_tokenizer
+from stream_bench import Shape, Turn, convert, prepare_shards, serving, write_shards, write_tokenizer
 
 CLAIM = (
     "Rows a second: at least 0.95 of the link or of the bare loop, whichever binds, and at least the best peer's. "
-    "Bytes read / bytes needed: at most 1.05. The first batch: ahead of every peer."
+    "Bytes read / bytes needed: at most 1.05. The first batch: ahead of every peer. Shards of tokens that `ftlaunch "
+    "prepare` made: at least 0.95 of the link, too."
 )
+PREPARED = "ours_prepared"
 PEERS = ["hf_datasets", "mosaic", "lit", "ray_data"]
 SHAPE = Shape(files=24, groups=8, rows=250, words=100)
 """An epoch long enough that the start, which has a table of its own, does not decide about throughput."""
@@ -37,22 +40,24 @@ def first_and_rate(turn: Turn, side: str, seen: dict[str, list[dict[str, Any]]])
     return float(measured["rows"] / measured["seconds"])
 
 
-def tables(title: str, turn: Turn, sides: list[str], rounds: int, stored: int, limit: float | None) -> list[Table]:
-    """Throughput, first batch and bytes of one setting. `limit`: the link's rows a second; None: `bare` is the base."""
+def tables(title: str, turn: Turn, sides: list[str], rounds: int, stored: int, link_mb_per_s: float) -> list[Table]:
+    """Throughput, first batch and bytes of one setting. The link is the base, or `bare` where there is none."""
     seen: dict[str, list[dict[str, Any]]] = {}
-    turns: dict[str, Callable[[], float]] = {side: partial(first_and_rate, turn, side, seen) for side in sides}
-    if limit is not None:
+    base, shown = ("link", sides) if link_mb_per_s else ("bare", ["bare", *sides])
+    turns: dict[str, Callable[[], float]] = {side: partial(first_and_rate, turn, side, seen) for side in shown}
+    if link_mb_per_s:
+        limit = turn.shape.num_rows / (stored / (link_mb_per_s * 1e6))
         turns = {"link": lambda: limit, **turns}
     rates = interleave(turns, rounds, title)
-    remote = [side for side in sides if side != "bare"]
-    firsts = {side: [one["first_s"] for one in seen[side]] for side in remote}
+    firsts = {side: [one["first_s"] for one in seen[side]] for side in sides}
     read = {
         "stored bytes": [float(stored)] * rounds,
-        **{side: [float(one["bytes"]) for one in seen[side]] for side in remote},
+        **{side: [float(one["bytes"]) for one in seen[side]] for side in sides},
     }
+    of_firsts = [Table(f"{title}: first batch", "s", "ours", firsts)] if "ours" in sides else []
     return [
-        Table(f"{title}: throughput", "rows/s", "link" if limit is not None else "bare", rates),
-        Table(f"{title}: first batch", "s", "ours", firsts),
+        Table(f"{title}: throughput", "rows/s", base, rates),
+        *of_firsts,
         Table(f"{title}: bytes read in an epoch", "bytes", "stored bytes", read),
     ]
 
@@ -73,32 +78,40 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--link-mb-per-s", type=float, default=1.0, help="of the setting in which the link binds")
     parser.add_argument("--first-batch", action="store_true", help="measure nothing else, into stream_first_batch")
+    parser.add_argument("--prepared", action="store_true", help="measure ftlaunch alone, into stream_prepared")
     options = parse(parser)
+    name = "stream_first_batch" if options.first_batch else "stream_prepared" if options.prepared else "stream"
     shape = QUICK if options.quick else SHAPE
-    sides = ["ours", *options.peers]
+    peers = [] if options.prepared else options.peers
+    sides = ["ours", *peers]
     found: list[Table] = []
     with tempfile.TemporaryDirectory(prefix="stream-") as place:
         folder = Path(place)
         stored = write_shards(folder / "store/bench/parquet", shape, options.seed)
-        write_tokenizer(folder / "tokenizer", shape.num_rows)
+        tokenizer = write_tokenizer(folder / "tokenizer", shape.num_rows)
         convert(folder / "store/bench", sides, stored // (shape.files * shape.groups))
-        with serving(folder / "store", 0, LATENCY_MS) as endpoint:
-            turn = Turn(folder, endpoint, shape, options.seed)
-            title = "Nothing binds but the work"
-            if options.first_batch:
-                found.append(first_batches(title, turn, sides, options.rounds))
-            else:
-                found += tables(title, turn, ["bare", *sides], options.rounds, stored, None)
-        with serving(folder / "store", options.link_mb_per_s, LATENCY_MS) as endpoint:
-            turn = Turn(folder, endpoint, shape, options.seed)
-            limit = shape.num_rows / (stored / (options.link_mb_per_s * 1e6))
-            title = f"A link of {options.link_mb_per_s:g} MB/s"
-            if options.first_batch:
-                found.append(first_batches(title, turn, sides, options.rounds))
-            else:
-                found += tables(title, turn, sides, options.rounds, stored, limit)
-    settings = {**asdict(shape), "stored_bytes": stored, "latency_ms": LATENCY_MS, "peers": options.peers}
-    write_results("stream_first_batch" if options.first_batch else "stream", options, CLAIM, found, settings)
+        tokens = prepare_shards(folder / "store/bench", tokenizer, Turn.sequence_length)
+        settings = (
+            ("Nothing binds but the work", 0.0),
+            (f"A link of {options.link_mb_per_s:g} MB/s", options.link_mb_per_s),
+        )
+        for title, link_mb_per_s in settings:
+            with serving(folder / "store", link_mb_per_s, LATENCY_MS) as endpoint:
+                turn = Turn(folder, endpoint, shape, options.seed)
+                if options.first_batch:
+                    found.append(first_batches(title, turn, [*sides, PREPARED], options.rounds))
+                    continue
+                found += tables(title, turn, sides, options.rounds, stored, link_mb_per_s)
+                ahead = f"{title}, tokens prepared ahead"
+                found += tables(ahead, turn, [PREPARED], options.rounds, tokens, link_mb_per_s)
+    about = {
+        **asdict(shape),
+        "stored_bytes": stored,
+        "prepared_bytes": tokens,
+        "latency_ms": LATENCY_MS,
+        "peers": peers,
+    }
+    write_results(name, options, CLAIM, found, about)
 
 
 if __name__ == "__main__":

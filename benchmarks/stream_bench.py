@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def convert(store: Path, sides: list[str], shard_bytes: int) -> None:
                 str(shard_bytes),
             ]
             run_checked(command, SIDES)
+
+
+def prepare_shards(store: Path, tokenizer: Path, sequence_length: int) -> int:
+    """What `ftlaunch prepare` makes of the shards, without a cluster that does so at once in many places; its bytes."""
+    from ftlaunch.distributed.data.build import build_index
+    from ftlaunch.distributed.prepare import Preparation, encoder_digest, prepare_piece
+    from ftlaunch.distributed.row_encoder import EncoderSpec, open_encoder
+    from ftlaunch.recipes.schema import Cpt, Data, TrainSource
+
+    source = TrainSource(path=str(store / "parquet"), format="text", name="rows")
+    data = Data(train=(source,), sequence_length=sequence_length)
+    encode = open_encoder(EncoderSpec(Cpt(), str(tokenizer), None, {}, datetime.now(UTC), None))
+    index = build_index(data.train, ["rows"])
+    preparation = Preparation(data, index, None, encoder_digest(encode), str(store / "prepared"))
+    return sum(prepare_piece(preparation, piece, encode).nbytes for piece in preparation.pieces())
 
 
 @contextmanager

@@ -24,7 +24,7 @@ ROW_TOKENS = 120
 """Of a row on average: a packed batch holds about as many rows as a peer's."""
 
 
-def open_data(job: Job, state: Any) -> Opened:
+def open_data(job: Job, state: Any, path: str = "s3://bench/parquet", row_format: str = "text") -> Opened:
     os.environ.update(AWS_ENDPOINT_URL=job.endpoint, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x")
     batch = max(1, round(job.batch_rows * ROW_TOKENS / job.sequence_length))
     recipe = Recipe.model_validate(
@@ -34,7 +34,7 @@ def open_data(job: Job, state: Any) -> Opened:
             "method": {"type": "cpt"},
             "data": {
                 "sequence_length": job.sequence_length,
-                "train": [{"path": "s3://bench/parquet", "format": "text"}],
+                "train": [{"path": path, "format": row_format}],
             },
             "train": {"global_batch_size": batch, "micro_batch_size": batch, "seed": job.seed},
         }
