@@ -114,7 +114,7 @@ class Ssh:
 
     def up(self, driver: Driver, code: CodeFolder) -> Record:
         """See `SubmittedCluster`; after `problems` has found none."""
-        self._job = secrets.token_hex(4)
+        self._job = self._job or secrets.token_hex(4)
         package, token = read_package(code()), secrets.token_hex(32)
         try:
             plan = self._plan(driver.entry)

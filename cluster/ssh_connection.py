@@ -100,8 +100,13 @@ def explain(exit_code: int | None, said: str) -> HostError:
 
 
 def ssh_command(config: SshCluster, host: str, python: str) -> list[str]:
-    """The command that connects to a host and begins the conversation. Host keys are checked as the user's own
-    configuration says; nobody is asked for anything."""
+    """The command that connects to a host and begins the conversation."""
+    return ssh_shell(config, host, shlex.join([python, "-c", BOOTSTRAP]))
+
+
+def ssh_shell(config: SshCluster, host: str, line: str) -> list[str]:
+    """The command that gives a line to a host's shell. Host keys are checked as the user's own configuration says;
+    nobody is asked for anything."""
     options = [
         *("-o", "BatchMode=yes"),
         *("-o", f"ConnectTimeout={CONNECT_S}"),
@@ -116,7 +121,7 @@ def ssh_command(config: SshCluster, host: str, python: str) -> list[str]:
         options += ["-l", config.user]
     if config.identity_file is not None:
         options += ["-i", config.identity_file, "-o", "IdentitiesOnly=yes"]
-    return ["ssh", "-T", *options, "--", host, shlex.join([python, "-c", BOOTSTRAP])]
+    return ["ssh", "-T", *options, "--", host, line]
 
 
 class Connection:

@@ -18,6 +18,7 @@ SUBMITTED_CLUSTERS = {
     "ssh": "ssh:Ssh",
     "slurm": "slurm:Slurm",
     "kubernetes": "kubernetes:Kubernetes",
+    "cloud": "cloud:Cloud",
 }
 """Where the driver runs on a node."""
 

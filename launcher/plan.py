@@ -16,6 +16,7 @@ from ..recipes.redact import redact
 from ..recipes.schema import Recipe
 from ..recipes.section import Section
 from .hardware import Machine
+from .plan_cost import CostPlan, plan_cost
 from .plan_data import SourcePlan, describe, index_source, keys_of, named_sources
 from .plan_duration import DurationPlan, plan_duration
 from .plan_model import (
@@ -72,6 +73,8 @@ class Plan:
     saving: SavePlan | Unknown
     launch: tuple[str, ...]
     """What is started where, a line each; empty for a cluster that this machine joins."""
+    cost: CostPlan | Unknown | None
+    """None: for a cluster that is not paid by the hour."""
     strategy: StrategyPlan | Unknown
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
@@ -109,6 +112,7 @@ def make_plan(loaded: LoadedRecipe, machine: Machine, *, sample: bool = False) -
         checkpoint=files,
         saving=then(files, lambda all_: then(world, lambda known: plan_saving(recipe, all_, known.nodes, machine))),
         launch=_launch(recipe),
+        cost=plan_cost(recipe.cluster),
         strategy=strategy,
         warnings=(
             *loaded.warnings,

@@ -16,6 +16,7 @@ from ..recipes.load import LoadedRecipe
 from . import units
 from .hardware import this_machine
 from .plan import Plan, make_plan, to_json, unknowns
+from .plan_cost import cost_text
 from .plan_data import SourcePlan
 from .unknown import Unknown
 
@@ -106,6 +107,8 @@ def _run_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "steps", _number(duration.steps, about)
     yield "epochs", str(duration.epochs) if isinstance(duration.epochs, Unknown) else f"about {duration.epochs:.3g}"
     yield "tokens", _number(duration.tokens, "about ")
+    if plan.cost is not None:
+        yield "cost", str(plan.cost) if isinstance(plan.cost, Unknown) else cost_text(plan.cost)
 
 
 def _number(value: float | Unknown, about: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import NamedTuple
 
 from . import deepspeed_config
+from .checks_cloud import cloud_images, cloud_provider_keys, cloud_regions
 from .checks_kubernetes import kubernetes_keys, kubernetes_queues, kubernetes_volumes
 from .checks_slurm import options_of_slurm
 from .credentials import no_credentials_in_options, no_credentials_in_urls
@@ -310,6 +311,9 @@ CHECKS: tuple[Check, ...] = (
     Check(kubernetes_volumes, ("cluster",)),
     Check(kubernetes_keys, ("cluster",)),
     Check(kubernetes_queues, ("cluster",)),
+    Check(cloud_provider_keys, ("cluster",)),
+    Check(cloud_regions, ("cluster",)),
+    Check(cloud_images, ("cluster",)),
     Check(node_range, ("cluster",)),
     Check(weights_on_all_or_none, ("data",)),
     Check(primary_source, ("data",)),

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from .schema_cloud import CloudCluster
 from .schema_kubernetes import KubernetesCluster
 from .schema_nodes import Cluster, NodeRange
 from .section import NonNegativeInt, PositiveInt, Section, VariablePattern
@@ -162,5 +163,6 @@ class SlurmCluster(Cluster):
 
 
 ClusterConfig = Annotated[
-    LocalCluster | RayCluster | SshCluster | SlurmCluster | KubernetesCluster, Field(discriminator="type")
+    LocalCluster | RayCluster | SshCluster | SlurmCluster | KubernetesCluster | CloudCluster,
+    Field(discriminator="type"),
 ]

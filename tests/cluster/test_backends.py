@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from cloud_site import CloudSite
 from kube_operator import kubernetes_on
 from processes import BIN, Command, ftlaunch, run
 from slurm_site import Site
@@ -80,12 +81,26 @@ def slurm(request: pytest.FixtureRequest) -> Iterator[Section]:
     assert site.left() == {}
 
 
+@contextmanager
+def cloud(request: pytest.FixtureRequest) -> Iterator[Section]:
+    """Three machines of EC2, one rank on each, made for the run; none is left."""
+    site: CloudSite = request.getfixturevalue("cloud")
+    place: Path = request.getfixturevalue("place")
+    site.boots = True
+    section = site.cluster(
+        nodes=RANKS, python=sys.executable, shared_paths=[str(place)], env=["OMP_NUM_THREADS", "HF_HUB_*"]
+    )
+    yield section, site.environ
+    assert site.machines() == []
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Section]]] = {
     "local": local,
     "ray": ray,
     "ssh": ssh,
     "slurm": slurm,
     "kubernetes": kubernetes,
+    "cloud": cloud,
 }
 
 

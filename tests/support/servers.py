@@ -35,6 +35,14 @@ def gcs_process(folder: Path, bucket: str) -> Iterator[int]:
 
 
 @contextmanager
+def ec2_process(folder: Path) -> Iterator[int]:
+    """The port of an EC2 on loopback (see `ec2_server.py`)."""
+    program = str(Path(__file__).with_name("ec2_server.py"))
+    with _server(folder, lambda port: [program, str(port), str(folder)]) as port:
+        yield port
+
+
+@contextmanager
 def _server(folder: Path, arguments: Callable[[int], list[str]]) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]

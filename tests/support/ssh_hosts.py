@@ -31,7 +31,7 @@ WAIT_S = 60.0
 SSHD_CONFIG = """
 ListenAddress {address}
 HostKey {folder}/host_{name}
-AuthorizedKeysFile {folder}/client.pub
+AuthorizedKeysFile {authorized}
 AuthenticationMethods publickey
 PermitRootLogin prohibit-password
 StrictModes no
@@ -96,7 +96,10 @@ class Host:
 
     def found(self, marker: str) -> list[psutil.Process]:
         """Processes on it whose command lines contain `marker`."""
-        here = os.readlink(f"/proc/{self.init}/ns/pid")
+        try:
+            here = os.readlink(f"/proc/{self.init}/ns/pid")
+        except FileNotFoundError:  # it has lost its power
+            return []
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
@@ -128,6 +131,7 @@ class Hosts:
     switch: str
     subnet: str
     members: dict[str, Host] = field(default_factory=dict)
+    _added: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -157,14 +161,16 @@ class Hosts:
         )  # fmt: skip
         return done.stdout
 
-    def add(self, name: str, extra: str = "") -> Host:
-        """Start a host. `extra`: shell lines that it runs first."""
-        number = len(self.members) + 1
-        address, link, peer = f"{self.subnet}.{number}", f"{self.switch}h{number}", f"{self.switch}p{number}"
+    def add(self, name: str, extra: str = "", address: str = "", authorized: Path | None = None) -> Host:
+        """Start a host. `extra`: shell lines that it runs first; `authorized`: a file with the keys that log in."""
+        number = self._added = self._added + 1
+        address = address or f"{self.subnet}.{number}"
+        link, peer = f"{self.switch}h{number}", f"{self.switch}p{number}"
         self.make_key(f"host_{name}")
         with (self.folder / "known_hosts").open("a") as known:
             known.write(f"{name},{address} {(self.folder / f'host_{name}.pub').read_text()}")
         values = {"name": name, "address": address, "folder": self.folder, "scratch": self.scratch}
+        values["authorized"] = authorized or self.folder / "client.pub"
         (self.folder / f"sshd_{name}").write_text(SSHD_CONFIG.format(**values))
         _ip("link", "add", link, "type", "veth", "peer", "name", peer)
         _ip("link", "set", link, "master", self.switch, "up")

@@ -32,7 +32,7 @@ def cluster(**changes: object) -> SshCluster:
 
 
 def test_every_type_of_the_schema_is_in_one_table():
-    types = {"local", "ray", "ssh", "slurm", "kubernetes"}
+    types = {"local", "ray", "ssh", "slurm", "kubernetes", "cloud"}
     assert set(CLUSTERS) | set(SUBMITTED_CLUSTERS) == types
     assert not set(CLUSTERS) & set(SUBMITTED_CLUSTERS)
     assert set(Recipe.model_json_schema()["properties"]["cluster"]["discriminator"]["mapping"]) == types

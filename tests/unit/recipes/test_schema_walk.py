@@ -33,7 +33,10 @@ FULL: dict[str, Any] = {
     "cluster": {"type": "local"},
 }
 
-NEEDED: dict[str, dict[str, Any]] = {"kubernetes": {"image": "a", "gpus_per_node": 0}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "kubernetes": {"image": "a", "gpus_per_node": 0},
+    "cloud": {"provider": "aws", "instance_type": "a", "regions": ["us-east-1"], "image": "ami-12345678"},
+}
 """What kinds of a section must say."""
 
 PODS = {"type": "kubernetes", **NEEDED["kubernetes"]}

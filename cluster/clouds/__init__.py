@@ -1,0 +1,1 @@
+"""Clouds that machines come from, one file each."""
