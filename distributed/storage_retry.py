@@ -26,10 +26,11 @@ class ShortReadError(OSError):
 @dataclass(frozen=True)
 class RetryPolicy:
     """How passing trouble is waited out: full jitter, doubling from `base_s` to `cap_s` (AWS architecture blog,
-    "Exponential Backoff And Jitter"), over with `attempts` or `total_s`, whichever comes first. A store's own
-    `Retry-After` is kept where it is longer. `sleep`, `random` and `clock` are injected so that tests need no time."""
+    "Exponential Backoff And Jitter"), over with `attempts` or `total_s`, whichever comes first. Waits add up to 106 s
+    in the mean, so that a store that is gone for a minute is waited out. A store's own `Retry-After` is kept where it
+    is longer. `sleep`, `random` and `clock` are injected so that tests need no time."""
 
-    attempts: int = 10
+    attempts: int = 16
     base_s: float = 0.5
     cap_s: float = 20.0
     total_s: float = 300.0

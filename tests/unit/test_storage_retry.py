@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -28,6 +29,15 @@ def test_the_total_time_of_a_request_is_bounded():
 
     with pytest.raises(InfrastructureError, match="tried 3 times"):
         storage.retrying("read", "s3://slow/k", call, policy)
+
+
+def test_a_store_that_is_gone_for_a_minute_is_waited_out():
+    """Waits are random: of 300 outages few last longer than they are waited for (1 % would be 3, by chance up to 9)."""
+    rng = random.Random(0)
+    policy = storage_retry.RetryPolicy(random=rng.random)
+    waits = [sum(policy.wait_s(attempt) for attempt in range(policy.attempts - 1)) for _ in range(300)]
+    assert sum(wait < 60.0 for wait in waits) <= 9
+    assert max(waits) < policy.total_s
 
 
 def test_a_gate_halves_once_per_calm_time_and_grows_again():
