@@ -1,11 +1,11 @@
 """How long until a run goes on after something died? From SIGKILL to the next step that had not been taken before.
 
-A step that was taken already and is taken again does not count. All sides save every 10 steps, and are disturbed 2 to 4
-steps behind a save; models are so small that loading them is no part of it. `ftlaunch` and Ray Train run on a Ray
-cluster of two nodes with one rank each, and so do two agents of torchrun.
+A step that was taken already and is taken again does not count. All sides save every 10 steps, and are disturbed half a
+minute behind their beginning and 2 to 4 steps behind a save; models are so small that loading them is no part of it.
+`ftlaunch` and Ray Train run on a Ray cluster of two nodes with one rank each, and so do two agents of torchrun.
 
 - worker: one rank is killed; all sides may keep both nodes.
-- node: a node is lost with its rank (SIGKILL to the raylet, or to the agent and its rank); all sides are elastic, with
+- node: a node is lost with its rank (SIGKILL to all that runs on it); all sides are elastic, with
   1 to 2 nodes.
 - hang: a rank is stopped (SIGSTOP). Only we notice: Ray Train's health check waits for 10 minutes, gloo for 30.
   `cluster.hang_timeout_s` is 10 s and part of the time.
@@ -13,11 +13,9 @@ cluster of two nodes with one rank each, and so do two agents of torchrun.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,9 +24,19 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import psutil
 from harness import Table, arguments, interleave, parse, program, write_results
-from recovery_nodes import RAY, Program, RayNodes, is_rank, ray_nodes, torchrun_agents
+from recovery_nodes import (
+    RAY,
+    Program,
+    RayNodes,
+    free_port,
+    holds,
+    last_step,
+    most_steps,
+    ranks_of,
+    ray_nodes,
+    torchrun_agent,
+)  # fmt: skip
 from workload import Size, recipe, write_model, write_recipe, write_text
 
 CLAIM = (
@@ -38,7 +46,8 @@ CLAIM = (
 SIZE = Size(hidden=128, layers=2, vocab=1024, sequence=64, batch=4)
 ROWS = 256
 SAVE_EVERY = 10
-DISTURB_AT = 22
+BEHIND = 2
+TRAINED_S = 30.0
 HANG_S = 10.0
 FAULTS = ("worker", "node", "hang")
 
@@ -49,37 +58,17 @@ def write_inputs(folder: Path, seed: int) -> None:
     write_text(folder / "text.jsonl", SIZE, ROWS, seed)
 
 
-def last_step(log: Path) -> int:
-    """The last one that a side has written down; 0: none yet."""
-    if not log.exists():
-        return 0
-    text = log.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    steps = [line for line in map(json.loads, lines) if line.get("kind", "step") == "step"]
-    return int(steps[-1]["step"]) if steps else 0
-
-
-def most_steps(log: Path) -> int:
-    """The highest one."""
-    steps = [json.loads(line) for line in log.read_text().splitlines()]
-    return max(int(line["step"]) for line in steps if line.get("kind", "step") == "step")
-
-
 def recovery_s(running: Program, log: Path, disturb: Callable[[], None]) -> float:
     """Let it train, disturb it, and wait for a new step; seconds."""
-    running.wait_for(lambda: last_step(log) >= DISTURB_AT, f"step {DISTURB_AT}")
+    running.wait_for(lambda: last_step(log) >= SAVE_EVERY, f"step {SAVE_EVERY}")
+    time.sleep(TRAINED_S)
+    running.wait_for(lambda: last_step(log) % SAVE_EVERY == BEHIND, f"a step {BEHIND} behind a save")
     disturb()
     started = time.monotonic()
     time.sleep(0.5)  # ranks that are not hit yet may finish the step at hand
     taken = most_steps(log)
     running.wait_for(lambda: last_step(log) > taken, f"a step beyond {taken}")
     return time.monotonic() - started
-
-
-def ranks_of(programs: list[Program]) -> list[psutil.Process]:
-    """All that train, the last started last."""
-    found = [child for each in programs for child in each.children() if is_rank(child)]
-    return sorted(found, key=lambda process: process.create_time())
 
 
 def kill_last_rank(programs: list[Program]) -> None:
@@ -136,10 +125,8 @@ def ray_train_s(folder: Path, fault: str) -> float:
 def torchrun_s(folder: Path, fault: str) -> float:
     """Two agents of torchrun; the one that is lost does not hold the rendezvous."""
     clean(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    agents = torchrun_agents(folder, port)
+    port = free_port()
+    agents = [torchrun_agent(folder, port) for _ in range(2)]
     try:
         victim = next(agent for agent in agents if not holds(agent, port))
         acts = {"worker": partial(kill_last_rank, [victim]), "node": victim.kill}
@@ -148,17 +135,6 @@ def torchrun_s(folder: Path, fault: str) -> float:
     finally:
         for agent in agents:
             agent.kill()
-
-
-def holds(agent: Program, port: int) -> bool:
-    """Whether this agent listens there, once one of them does."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                return bool(connection.pid == agent.process.pid)
-        time.sleep(0.1)
-    raise SystemExit("torchrun's rendezvous did not begin")
 
 
 def clean(folder: Path) -> None:
@@ -189,7 +165,7 @@ def main() -> None:
         for fault in options.faults:
             values = interleave(sides(folder, fault), options.rounds, fault)
             tables.append(Table(f"SIGKILL to the next new step: {fault}", "s", "ftlaunch", values))
-    settings = {**asdict(SIZE), "save_every": SAVE_EVERY, "hang_timeout_s": HANG_S}
+    settings = {**asdict(SIZE), "save_every": SAVE_EVERY, "trained_s": TRAINED_S, "hang_timeout_s": HANG_S}
     write_results("recovery", options, CLAIM, tables, settings)
 
 

@@ -1,7 +1,7 @@
 """The peers of `recovery`: a loop as one would write it, with a checkpoint every few steps, by torchrun or Ray Train.
 
 torchrun --nproc-per-node 2 --max-restarts 3 recovery_loop.py FOLDER
-python recovery_loop.py FOLDER ADDRESS NODES          under Ray Train, on a cluster that is there
+python recovery_loop.py FOLDER ADDRESS NODES [FAILURES]     under Ray Train, on a cluster that is there
 
 FOLDER has model/ and text.jsonl; steps.jsonl tells of steps, checkpoint.pt is the newest checkpoint.
 """
@@ -68,7 +68,7 @@ def as_worker(config: dict[str, Any]) -> None:
     train(Path(config["folder"]))
 
 
-def under_ray(folder: Path, address: str, nodes: str) -> None:
+def under_ray(folder: Path, address: str, nodes: str, failures: str = "3") -> None:
     """The driver. With two numbers (1-2) the number of ranks is elastic; everything else is Ray Train's default."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -82,7 +82,7 @@ def under_ray(folder: Path, address: str, nodes: str) -> None:
         train_loop_config={"folder": str(folder)},
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(
-            name="recovery", storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=3)
+            name="recovery", storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=int(failures))
         ),
     ).fit()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +18,7 @@ import psutil
 from harness import program
 
 WAIT_S = 240.0
+LATE_BYTES = 1 << 16
 
 
 class Program:
@@ -72,10 +75,13 @@ class RayNodes:
         self.nodes.append(node)
         return node
 
+    def add(self) -> None:
+        """One more node."""
+        self.start(f"--address={self.address}", "--num-cpus=1")
+
     def lose_last(self) -> None:
-        """SIGKILL to the last node's raylet; what runs on it ends by itself."""
-        raylet = next(child for child in self.nodes[-1].children() if child.name() == "raylet")
-        raylet.kill()
+        """SIGKILL to all that runs on the last node."""
+        self.nodes.pop().kill()
 
 
 RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -95,25 +101,78 @@ def ray_nodes(folder: Path, count: int) -> Iterator[RayNodes]:
                 raise SystemExit(head.text)
             cluster.address = found[1]
             for _ in range(count):
-                cluster.start(f"--address={cluster.address}", "--num-cpus=1")
+                cluster.add()
             yield cluster
         finally:
             for node in reversed(cluster.nodes):
                 node.kill()
 
 
-def torchrun_agents(folder: Path, port: int) -> list[Program]:
-    """Two agents of an elastic torchrun, one rank each."""
+def torchrun_agent(folder: Path, port: int, restarts: int = 3) -> Program:
+    """One agent of an elastic torchrun of two, with one rank."""
     loop = str(Path(__file__).resolve().parent / "recovery_loop.py")
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "recovery"]
-    words = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous, loop, str(folder)]
-    return [Program([program("torchrun"), *words], folder) for _ in range(2)]
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", str(restarts)]
+    return Program([program("torchrun"), *elastic, *rendezvous, loop, str(folder)], folder)
+
+
+def holds(agent: Program, port: int) -> bool:
+    """Whether this agent listens there, once one of them does."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                return bool(connection.pid == agent.process.pid)
+        time.sleep(0.1)
+    raise SystemExit("torchrun's rendezvous did not begin")
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def ranks_of(programs: list[Program]) -> list[psutil.Process]:
+    """All that train, the last started last."""
+    found = [child for each in programs for child in each.children() if is_rank(child)]
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether this is one of the processes that train."""
+    """Whether this is one of the processes that train. Of ours one that stands by may become one: then it prints into a
+    rank's log."""
     try:
         words = " ".join(process.cmdline())
-    except psutil.Error:
+        prints = str(Path(f"/proc/{process.pid}/fd/1").readlink())
+    except (psutil.Error, OSError):
         return False
+    if "StandingBy" in words:
+        return "rank-" in prints
     return "RayTrainWorker" in words or ("recovery_loop.py" in words and "torchrun" not in words)
+
+
+def last_step(log: Path) -> int:
+    """The last one that a side has written down; 0: none yet."""
+    return next(_steps(log), 0)
+
+
+def most_steps(log: Path) -> int:
+    """The highest one of late."""
+    return max(_steps(log), default=0)
+
+
+def _steps(log: Path) -> Iterator[int]:
+    """Those of the last lines, the latest first: logs grow long, and are looked at all the time."""
+    if not log.exists():
+        return
+    with log.open("rb") as file:
+        begin = max(0, file.seek(0, os.SEEK_END) - LATE_BYTES)
+        file.seek(begin)
+        lines = file.read().rpartition(b"\n")[0].split(b"\n")
+    for text in reversed(lines[1:] if begin else lines):
+        line = json.loads(text) if text else {}
+        if line.get("kind", "step") == "step" and "step" in line:
+            yield int(line["step"])
