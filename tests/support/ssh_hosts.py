@@ -190,6 +190,15 @@ class Hosts:
         self._write_ssh_config()
         return host
 
+    def fill(self, name: str, seconds: float) -> None:
+        """For a while a host's own disk has room for nothing more."""
+        place, ballast = self.scratch, self.scratch / "ballast"
+        _, used = self.shell(name, f"df --output=used -k {place}").split()
+        # Not all of the memory that such a disk could take.
+        self.shell(name, f"mount -o remount,size={int(used) + 1024}k {place}; cat /dev/zero > {ballast} || true")
+        time.sleep(seconds)
+        self.shell(name, f"rm {ballast}; mount -o remount,size=50% {place}")
+
     def make_key(self, name: str) -> None:
         """A pair of files in `folder`."""
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name))
