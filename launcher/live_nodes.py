@@ -8,10 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 CONNECT_S = 1.0
 """A machine that is there answers within milliseconds, however busy."""
+
+
+Absence = Literal["ended", "silent"]
+"""Of a node that does not answer: its machine says that nothing listens there, so Ray has ended on it, for good; or
+nobody says anything, and it may be back in a moment."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +65,25 @@ def parse_nodes(rows: Sequence[Mapping[str, Any]], names: Names) -> list[Node]:
     ]
 
 
-def answers(address: tuple[str, int]) -> bool:
-    """Whether something takes connections there."""
+def absence(address: tuple[str, int]) -> Absence | None:
+    """Why nothing takes connections there; None: something does."""
     try:
         socket.create_connection(address, timeout=CONNECT_S).close()
+    except ConnectionRefusedError:
+        return "ended"
     except OSError:
-        return False
-    return True
+        return "silent"
+    return None
 
 
-def reachable(nodes: Iterable[Node]) -> list[Node]:
-    """Those that answer, asked all at once."""
+def absent(nodes: Iterable[Node]) -> dict[str, Absence]:
+    """Keys of those that do not answer, asked all at once."""
     asked = list(nodes)
     if not asked:
-        return []
+        return {}
     with ThreadPoolExecutor(max_workers=min(64, len(asked))) as pool:
-        answered = list(pool.map(answers, (node.address for node in asked)))
-    return [node for node, answer in zip(asked, answered, strict=True) if answer]
+        found = list(pool.map(absence, (node.address for node in asked)))
+    return {node.key: why for node, why in zip(asked, found, strict=True) if why is not None}
 
 
 class LiveNodes:
@@ -93,11 +100,9 @@ class LiveNodes:
 
         return parse_nodes(ray.nodes(), self.names)
 
-    def lost(self) -> list[Node]:
-        """Those of them that do not answer."""
-        listed = self.listed()
-        there = {node.key for node in reachable(listed)}
-        return [node for node in listed if node.key not in there]
+    def lost(self) -> dict[str, Absence]:
+        """Keys of those of them that do not answer."""
+        return absent(self.listed())
 
     def draining(self) -> set[str]:
         """Ids of nodes that are about to be taken away: a spot instance's notice, an administrator's drain."""

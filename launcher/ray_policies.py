@@ -36,6 +36,10 @@ WAIT_S = 0.5
 LOOK_S = 1.0
 """Between looks at nodes that are taken away while ranks run."""
 
+STORE_S = 20.0
+"""Before ranks are started again on a store that did not answer, doubled from time to time: one that is gone for
+minutes must not use up the restarts within seconds."""
+
 GROW_LOOK_S = 5.0
 """Between looks for more of them, where a run would use more than it has."""
 
@@ -74,6 +78,12 @@ class BudgetPolicy(FailurePolicy):  # type: ignore[misc]
         """With what the run ended."""
         self._budget, self._say, self._hide = budget, say, hide
         self._waiting_since: float | None = None
+        self._store_back_s = 0.0
+
+    @property
+    def is_pausing(self) -> bool:
+        """Whether ranks are not to be started just yet."""
+        return time.monotonic() < self._store_back_s
 
     def judge(self, errors: Mapping[int, BaseException]) -> Failure:
         """What ranks died of."""
@@ -99,7 +109,11 @@ class BudgetPolicy(FailurePolicy):  # type: ignore[misc]
         if failure.counts and account.is_spent:
             return self._end(failure)
         count = f" (restart {account.used} of {account.limit})" if failure.counts else ""
-        self._say(f"{failure}; all ranks are started again, {account.where}{count}")
+        pause = ""
+        if failure.kind == "storage":
+            pause_s = STORE_S * 2 ** (account.used - 1)
+            self._store_back_s, pause = time.monotonic() + pause_s, f" in {pause_s:g} s"
+        self._say(f"{failure}; all ranks are started again{pause}, {account.where}{count}")
         return FailureDecision.RETRY
 
     def _wait(self) -> FailureDecision:
@@ -129,11 +143,13 @@ class LiveNodesPolicy(ScalingPolicy):  # type: ignore[misc]
         leave: Callable[[Move], None],
         say: Say,
         grow_after_s: float,
+        is_pausing: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(scaling_config)
         self._demand, self._nodes, self._choose, self._bad_nodes = demand, nodes, choose, bad_nodes
         self._leave, self._say, self._grow_after_s, self._clock = leave, say, grow_after_s, clock
+        self._is_pausing = is_pausing
         self._has_started = False
         self._waiting_since: float | None = None
         self._left_out: list[str] = []
@@ -154,6 +170,9 @@ class LiveNodesPolicy(ScalingPolicy):  # type: ignore[misc]
     # --- starting -------------------------------------------------------------------------------------------------
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        if self._is_pausing():
+            time.sleep(WAIT_S)
+            return NoopDecision()
         fit = self._fit()
         count = self._choose(len(fit))
         if count is None and not self._has_started:
@@ -177,7 +196,7 @@ class LiveNodesPolicy(ScalingPolicy):  # type: ignore[misc]
         """Places for the ranks of a node, each as the node that it is on. Bad nodes are among them only where the
         others do not suffice."""
         listed, draining = self._nodes.listed(), self._nodes.draining()
-        lost = {node.key for node in self._nodes.lost()}
+        lost = self._nodes.lost()
         there = [node for node in listed if node.key not in lost and node.key not in draining]
         bad = set(self._bad_nodes())
         good = [node for node in there if node.name not in bad]

@@ -27,24 +27,15 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, state, worker_group
-from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker, WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import Worker, WorkerStatus
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util import placement_group_table
 
 from .failure import Preempted, Resized
-from .imports import import_all
+from .rank_process import RayTrainWorkerWarmingUp
 from .ray_policies import BudgetPolicy, LiveNodesPolicy, Place
+from .spares import Spare, Spares, wait_for_end
 from .watch import Rank, Watch
-
-RANK_IMPORTS = (
-    "ftlaunch.distributed.entry",
-    "torch.distributed.tensor",
-    "transformers.modeling_utils",
-    "transformers.conversion_mapping",
-)
-"""What every rank imports sooner or later."""
-
-warm_up = threading.Thread(target=import_all, args=(RANK_IMPORTS,), daemon=True)
-"""In a rank's process; joined before its program, because transformers does not bear being imported by two threads."""
 
 NODE_LABEL = "ftlaunch-node"
 """Label of a Ray node: its number in the order of the cluster's nodes, where they have one."""
@@ -68,6 +59,8 @@ class Supervision:
     scaling: LiveNodesPolicy
     failures: BudgetPolicy
     watch: Watch
+    spares: Spares | None = None
+    """None: no process stands by."""
 
 
 class GivenUp(Exception):
@@ -121,18 +114,11 @@ def _hush_console() -> None:
             logger.removeHandler(handler)
 
 
-class RayTrainWorkerWarmingUp(RayTrainWorker):  # type: ignore[misc]
-    """Begins with the slow imports of a rank while Ray Train is still setting up."""
-
-    def __init__(self) -> None:
-        warm_up.start()
-        super().__init__()
-
-
 class LeanWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Workers that any process Ray has at hand can become."""
 
     _worker_cls = RayTrainWorkerWarmingUp
+    spares: Spares | None = None
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
@@ -140,14 +126,33 @@ class LeanWorkerGroup(WorkerGroup):  # type: ignore[misc]
         # beforehand fits, and new ones first wait for Ray's agent of runtime environments.
         return dict(custom_runtime_env)
 
-    def _create_workers(self, *arguments: Any, **settings: Any) -> list[Any]:
-        workers: list[Any] = super()._create_workers(*arguments, **settings)
+    def _create_workers(self, num_workers: int, placement_group: Any, resources: Any, **settings: Any) -> list[Any]:
+        workers: list[Any]
+        if self.spares is None:
+            workers = super()._create_workers(num_workers, placement_group, resources, **settings)
+        else:
+            workers = self._with_spares(self.spares, num_workers, placement_group, resources)
         places = {node["NodeID"]: node["Labels"].get(NODE_LABEL) for node in ray.nodes()}
         if None in places.values():
             return workers
         # Ray Train ranks nodes as they come; where they have an order, rank 0 is on the first one, with the driver.
         ordered = sorted(workers, key=lambda worker: int(places[worker.metadata.node_id]))
         return list(WorkerGroup._assign_worker_ranks(ordered))
+
+    def _with_spares(self, spares: Spares, number: int, group: Any, resources: Any) -> list[Any]:
+        """Processes that stand by on the nodes that Ray has chosen for the ranks, and new ones for the others."""
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        taken = spares.take([nodes[index] for index in range(number)])
+        missing = [index for index, spare in enumerate(taken) if spare is None]
+        ready = [_worker(spare, resources, index) for index, spare in enumerate(taken) if spare is not None]
+        try:
+            made = super()._create_workers(len(missing), group, resources, placement_group_bundle_indices=missing)
+            workers = sorted([*made, *ready], key=lambda worker: int(worker.placement_group_bundle_index))
+            ray.get([one.actor.execute.remote(wait_for_end, spares.earlier(one.metadata.node_id)) for one in workers])
+        except Exception:
+            _end_at_once(ready)  # the others end with their placement group
+            raise
+        return list(WorkerGroup._assign_worker_ranks(workers))
 
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, arguments: dict[str, Any]) -> None:
         ray.get(
@@ -167,13 +172,30 @@ class LeanWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._decorate_worker_log_file_paths(workers)
 
 
+def _worker(spare: Spare, resources: Any, index: int) -> Worker:
+    return Worker(spare.actor, spare.metadata, resources, placement_group_bundle_index=index)
+
+
+@dataclass(frozen=True)
+class GroupsWithSpares:
+    """Stands for the class of the groups, which Ray Train only asks to `create` one."""
+
+    spares: Spares | None
+
+    def create(self, *arguments: Any, **settings: Any) -> LeanWorkerGroup:
+        """As `WorkerGroup.create`."""
+        group = LeanWorkerGroup(*arguments, **settings)
+        group.spares = self.spares
+        group._start()
+        return group
+
+
 class LeanController(TrainController):  # type: ignore[misc]
     """A controller of such workers. `settings` are those of Ray Train's own."""
 
-    worker_group_cls = LeanWorkerGroup
-
     def __init__(self, supervision: Supervision, settings: Mapping[str, Any]) -> None:
-        self._watch = supervision.watch
+        self._watch, self._spares = supervision.watch, supervision.spares
+        self.worker_group_cls = GroupsWithSpares(supervision.spares)
         policies = {"scaling_policy": supervision.scaling, "failure_policy": supervision.failures}
         super().__init__(**{**settings, **policies})
 
@@ -183,11 +205,15 @@ class LeanController(TrainController):  # type: ignore[misc]
         names = self._watch.nodes.names
         keys = {worker.distributed_context.world_rank: worker.metadata.node_id for worker in self._workers}
         self._failure_policy.places = {rank: Place(key, names[key]) for rank, key in keys.items()}
+        if self._spares is not None:
+            self._spares.begin(self._workers)
 
     async def _poll_workers(self) -> WorkerGroupPollStatus:
         status = await super()._poll_workers()
         if status.errors:
             return self._settled(status)
+        if self._spares is not None:
+            self._spares.look()
         found = {} if status.finished else self._watch.look(self._ranks())
         return _with_errors(status, found) if found else status
 
@@ -218,6 +244,8 @@ class LeanController(TrainController):  # type: ignore[misc]
             patience_s = CAUSE_S if echo else LEAVING_S if leaving else 0.0
             if time.monotonic() - begun >= patience_s:
                 return status
+            if echo and (gone := self._watch.ended(self._ranks())):
+                return _with_errors(status, gone)
             time.sleep(POLL_S)
             status = self._worker_group.poll_status(timeout=POLL_S)
 

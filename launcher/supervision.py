@@ -12,6 +12,7 @@ from ..cluster.base import Demand
 from ..distributed.attempt import choose_streams
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import redact
+from ..recipes.schema_cluster import ClusterConfig, RayCluster
 from ..recipes.schema_nodes import NodeRange
 from .budget import Budget
 from .control import Control
@@ -42,6 +43,7 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
     from .live_nodes import LiveNodes
     from .ray_policies import BudgetPolicy, LiveNodesPolicy
     from .ray_train_compat import Supervision
+    from .spares import Spares
     from .watch import Watch
 
     recipe, run = loaded.recipe, run_of(loaded)
@@ -52,6 +54,7 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
     def say(text: str) -> None:
         control.tell.remote({"kind": "message", "level": "warning", "text": text, "launcher": True})
 
+    failures = BudgetPolicy(budget, say, hide=lambda text: redact(text, loaded.secrets))
     scaling = LiveNodesPolicy(
         scaling_config(demand, ScalingConfig),
         demand,
@@ -61,10 +64,16 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
         leave=control.request_move.remote,
         say=say,
         grow_after_s=wanted.grow_after_s if isinstance(wanted := recipe.cluster.nodes, NodeRange) else float("inf"),
+        is_pausing=lambda: failures.is_pausing,
     )
-    failures = BudgetPolicy(budget, say, hide=lambda text: redact(text, loaded.secrets))
     watch = Watch(live, run, recipe.cluster.hang_timeout_s, lambda: ray.get(control.progress.remote()), say)
-    return Supervision(scaling, failures, watch)
+    return Supervision(scaling, failures, watch, Spares(demand) if stand_by(recipe.cluster, demand) else None)
+
+
+def stand_by(config: ClusterConfig, demand: Demand) -> bool:
+    """Whether processes may stand by for ranks. GPUs of a cluster that serves others too are Ray's to give, anew each
+    time."""
+    return config.standby and not (demand.uses_gpus and isinstance(config, RayCluster))
 
 
 def scaling_config(demand: Demand, make: Any) -> Any:

@@ -22,11 +22,12 @@ from .stacks import look_and_end, take_stacks
 EVERY_S = 1.0
 """Between looks at the ranks' progress, and at nodes of ranks that are silent."""
 
-SILENT_S = 3.0
+SILENT_S = 1.0
 """Without an answer from a rank, after which its node is asked for a connection."""
 
 LOST_S = 5.0
-"""Without a connection to a node, after which it is taken for lost. Ray itself waits for about half a minute."""
+"""For which a node may be silent before it is taken for lost: links that flap are back sooner, and TCP bears it. Ray
+itself waits for about half a minute. Where a node's machine says that nothing listens, nothing is waited for."""
 
 ANSWER_S = 5.0
 """For ranks to send their stacks."""
@@ -96,12 +97,14 @@ class Watch:
         if not silent:
             self._unreachable_since = {}
             return {}
-        lost = {node.key for node in self.nodes.lost()} & silent
+        lost = {key: why for key, why in self.nodes.lost().items() if key in silent}
         self._unreachable_since = {key: self._unreachable_since.get(key, now) for key in lost}
-        gone = {key for key, since in self._unreachable_since.items() if now - since >= LOST_S}
-        return {
-            number: NodeLost("the node does not answer any more") for number, rank in ranks.items() if rank.node in gone
-        }
+        over = {key for key, since in self._unreachable_since.items() if now - since >= LOST_S}
+        return _gone(ranks, {key for key, why in lost.items() if why == "ended" or key in over})
+
+    def ended(self, ranks: Mapping[int, Rank]) -> dict[int, Exception]:
+        """Ranks on nodes that are gone for certain; asked when others tell of broken connections."""
+        return _gone(ranks, {key for key, why in self.nodes.lost().items() if why == "ended"})
 
     # --- hangs ----------------------------------------------------------------------------------------------------
 
@@ -151,6 +154,12 @@ class Watch:
         except FtlaunchError as error:
             return f"could not be written ({error})"
         return url
+
+
+def _gone(ranks: Mapping[int, Rank], keys: set[str]) -> dict[int, Exception]:
+    return {
+        number: NodeLost("the node does not answer any more") for number, rank in ranks.items() if rank.node in keys
+    }
 
 
 def _look_and_end(pid: int) -> str:

@@ -22,8 +22,8 @@ from . import spot
 from .control import Ending, RayMonitor
 from .failure import Preempted, Resized
 from .rank_log import RankLog
+from .rank_process import warm_up
 from .ray_logs import logs_folder
-from .ray_train_compat import warm_up
 from .stacks import dump_on_signal
 
 if TYPE_CHECKING:
@@ -118,14 +118,9 @@ def _world(context: Any, *, uses_gpus: bool) -> Any:
         local_size=context.get_local_world_size(),
         node_rank=context.get_node_rank(),
         num_nodes=max(1, context.get_world_size() // context.get_local_world_size()),
-        device=_device() if uses_gpus else "cpu",
+        # A node's ranks all see the GPUs of all of them, each rank's in its place.
+        device=f"cuda:{context.get_local_rank()}" if uses_gpus else "cpu",
     )
-
-
-def _device() -> str:
-    from ray.train.torch import get_device
-
-    return str(get_device())
 
 
 @dataclass

@@ -8,6 +8,7 @@ ALLOWED = {
     "launcher/cli.py": "the laptop's end: hands the environment to what it calls",
     "launcher/cli_recipe.py": "the same, for all commands that take a recipe",
     "launcher/hardware.py": "which of the machine's GPUs this process may use is said in a variable only",
+    "launcher/spares.py": "torch takes a rank's threads from a variable only, which Ray sets elsewhere; it is written",
     "launcher/worker.py": "a Ray worker's end: its context and variables become a World",
     "distributed/entry.py": "torchrun's end: hands the environment to World.from_torchrun",
     "distributed/strategies/deepspeed_compat.py": "DeepSpeed takes its device from a variable only; it is written",

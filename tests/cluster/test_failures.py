@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 
+import chaos
 import psutil
 import pytest
 from processes import Command, ftlaunch
@@ -71,8 +72,12 @@ def family(command: Command) -> list[psutil.Process]:
 
 def ranks(command: Command) -> list[psutil.Process]:
     """In the order of their ids, which is that of their starts."""
-    found = [one for one in family(command) if "RayTrainWorker" in " ".join(one.cmdline())]
-    return sorted(found, key=lambda one: one.pid)
+    return chaos.ranks(family(command))
+
+
+def standing_by(command: Command) -> list[psutil.Process]:
+    """Those that may become ranks, and whose imports are done or under way."""
+    return [one for one in family(command) if "StandingBy" in " ".join(one.cmdline()) and not chaos.is_rank(one)]
 
 
 def failures(directory: Path) -> list[Entry]:
@@ -96,10 +101,16 @@ def test_a_rank_hangs_ray_ends_and_the_driver_is_killed(folder, undisturbed):
     """Three faults in one run on this machine; all steps run at the same world size, so the weights are bitwise the
     same."""
     directory = folder / "runs" / "three-faults"
-    command = start(folder, "three-faults", type="local", processes_per_node=2, gpus_per_node=0, hang_timeout_s=HANG_S)
+    soon = slow_steps(folder, STEP_S, PATH, standby_after_s=0.5)
+    cluster = {"type": "local", "processes_per_node": 2, "gpus_per_node": 0, "hang_timeout_s": HANG_S}
+    command = start(folder, "three-faults", soon, **cluster)
     after(command, directory, 6)
-    ranks(command)[1].suspend()
+    assert command.wait_until(lambda: len(standing_by(command)) == 2)
+    first = ranks(command)
+    first[1].suspend()
     after(command, directory, 8, attempt=2)
+    assert not {one.pid for one in ranks(command)} & {one.pid for one in first}
+    assert all("StandingBy" in " ".join(one.cmdline()) for one in ranks(command)), "they were there before"
     [head] = [one for one in family(command) if one.name() == "gcs_server"]
     head.kill()
     after(command, directory, 10, attempt=3)

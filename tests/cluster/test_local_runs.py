@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import chaos
 import psutil
 import pytest
 from forked import run_forked
@@ -193,7 +194,7 @@ def test_sigterm_saves_under_torchrun(folder, by_torchrun):
 def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     _, directory = prepare(folder, "killed-rank")
     command = started_at(directory, 12)
-    ranks = [process for process in family(command) if "RayTrainWorker" in " ".join(process.cmdline())]
+    ranks = chaos.ranks(family(command))
     assert len(ranks) == 2
     readers = [child for child in ranks[0].children() if "reader_process" in " ".join(child.cmdline())]
     assert len(readers) == 1

@@ -1,5 +1,5 @@
 """Optimizer steps that take as long as those of a larger model, without the work: for ranks of real commands, through
-Python's own `sitecustomize`."""
+Python's own `sitecustomize`. Processes can be had to stand by earlier in the same way."""
 
 from __future__ import annotations
 
@@ -8,34 +8,43 @@ from pathlib import Path
 SITE = """
 import importlib.abc, importlib.util, sys, time
 
-class Slow(importlib.abc.MetaPathFinder):
+def slow(module):
+    step = module._optimizer_step
+
+    def slowly(*arguments):
+        time.sleep({seconds})
+        return step(*arguments)
+
+    module._optimizer_step = slowly
+
+def soon(module):
+    module.AFTER_S = {standby_after_s}
+
+class Changed(importlib.abc.MetaPathFinder):
+    changes = {{"ftlaunch.distributed.loop": slow, "ftlaunch.launcher.spares": soon}}
+
     def find_spec(self, name, path, target=None):
-        if name != "ftlaunch.distributed.loop":
+        change = self.changes.pop(name, None)
+        if change is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         make = spec.loader.exec_module
 
-        def make_slow(module):
+        def make_changed(module):
             make(module)
-            step = module._optimizer_step
+            change(module)
 
-            def slow(*arguments):
-                time.sleep({seconds})
-                return step(*arguments)
-
-            module._optimizer_step = slow
-
-        spec.loader.exec_module = make_slow
+        spec.loader.exec_module = make_changed
         return spec
 
-sys.meta_path.insert(0, Slow())
+sys.meta_path.insert(0, Changed())
 """
 
 
-def slow_steps(folder: Path, seconds: float, path: str = "") -> dict[str, str]:
-    """Variables for a command whose ranks are to be slow. `path`: what PYTHONPATH is already."""
+def slow_steps(folder: Path, seconds: float, path: str = "", standby_after_s: float = 15.0) -> dict[str, str]:
+    """Variables for a command whose ranks are to be slow. `path`: what PYTHONPATH is already. `standby_after_s`: behind
+    a start of ranks, when processes are to stand by."""
     site = folder / "slow-steps"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(SITE.format(seconds=seconds))
+    (site / "sitecustomize.py").write_text(SITE.format(seconds=seconds, standby_after_s=standby_after_s))
     return {"PYTHONPATH": f"{site}:{path}" if path else str(site)}

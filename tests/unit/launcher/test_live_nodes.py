@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ftlaunch.launcher.live_nodes import Names, Node, parse_nodes, reachable
+from ftlaunch.launcher import live_nodes
+from ftlaunch.launcher.live_nodes import Names, Node, absent, parse_nodes
 
 
 def row(key: str, host: str, port: int = 7000, *, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -42,10 +43,17 @@ def test_room(has, each, room):
     assert Node("a", "alpha", ("127.0.0.1", 1), has).room(each) == room
 
 
-def test_who_answers():
+def test_who_answers(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
         ports = [there.getsockname()[1], gone.getsockname()[1]]
         gone.close()
         nodes = parse_nodes([row("a", "alpha", ports[0]), row("b", "beta", ports[1])], Names())
-        assert [node.name for node in reachable(nodes)] == ["alpha"]
-    assert reachable([]) == []
+        assert absent(nodes) == {"b" * 8: "ended"}
+        monkeypatch.setattr(live_nodes.socket, "create_connection", silent)
+        assert absent(nodes) == {"a" * 8: "silent", "b" * 8: "silent"}
+    assert absent([]) == {}
+
+
+def silent(*_: object, **__: object) -> None:
+    """As of a machine that has lost its power."""
+    raise TimeoutError

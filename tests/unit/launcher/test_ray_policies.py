@@ -19,8 +19,9 @@ from ftlaunch.launcher import ray_policies
 from ftlaunch.launcher.budget import Budget, read_failures
 from ftlaunch.launcher.control import Move
 from ftlaunch.launcher.failure import NoRoom, Resized
-from ftlaunch.launcher.live_nodes import Names, Node
-from ftlaunch.launcher.ray_policies import ROOM_S, BudgetPolicy, LiveNodesPolicy, Place
+from ftlaunch.launcher.live_nodes import Absence, Names, Node
+from ftlaunch.launcher.ray_policies import ROOM_S, STORE_S, BudgetPolicy, LiveNodesPolicy, Place
+from ftlaunch.recipes.errors import InfrastructureError
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40993")
@@ -74,6 +75,20 @@ def test_moving_costs_nothing(tmp_path):
     assert failures.decide(DIED) == RAISE
 
 
+def test_a_store_that_is_gone_is_given_time(failures, monkeypatch):
+    now_s = [100.0]
+    monkeypatch.setattr(ray_policies.time, "monotonic", lambda: now_s[0])
+    gone = InfrastructureError("cannot read s3://acme/runs/x: EndpointConnectionError: ... (tried 16 times)")
+    for pause_s in (STORE_S, 2 * STORE_S):
+        assert failures.decide(gone, BROKEN) == RETRY
+        assert f"all ranks are started again in {pause_s:g} s" in failures.said[-1]
+        now_s[0] += pause_s - 1
+        assert failures.policy.is_pausing
+        now_s[0] += 1
+        assert not failures.policy.is_pausing
+    assert failures.decide(BROKEN, DIED) == RAISE, "and no longer than the budget allows"
+
+
 def test_room_is_waited_for(failures, monkeypatch):
     now = iter([100.0, 101.0, 100.0 + ROOM_S])
     monkeypatch.setattr(ray_policies.time, "monotonic", lambda: next(now))
@@ -96,8 +111,8 @@ class Cluster:
     def listed(self) -> list[Node]:
         return [Node(key, f"node-{key}", ("127.0.0.1", 1), {"CPU": 2.0}) for key in self.keys]
 
-    def lost(self) -> list[Node]:
-        return [node for node in self.listed() if node.key in self.gone]
+    def lost(self) -> dict[str, Absence]:
+        return dict.fromkeys(self.gone, "silent")
 
     def draining(self) -> set[str]:
         return set(self.going)
@@ -107,7 +122,7 @@ class Bed:
     """A policy of one rank of two cores a node."""
 
     def __init__(self, keys: str, least: int | None, most: int) -> None:
-        self.cluster, self.bad, self.now_s = Cluster(keys), list[str](), 0.0
+        self.cluster, self.bad, self.now_s, self.pausing = Cluster(keys), list[str](), 0.0, False
         self.said: list[str] = []
         self.moves: list[Move] = []
         demand = Demand(most, most, uses_gpus=False, cpus_per_rank=2, least_nodes=least)
@@ -120,6 +135,7 @@ class Bed:
             leave=self.moves.append,
             say=self.said.append,
             grow_after_s=30.0,
+            is_pausing=lambda: self.pausing,
             clock=lambda: self.now_s,
         )
 
@@ -153,6 +169,14 @@ def test_ranks_go_to_nodes_that_are_there():
     bed.cluster.gone = "b"
     assert bed.start() == 2
     assert bed.left_out() == "!in(b)"
+
+
+def test_nobody_starts_during_a_pause():
+    bed = Bed("ab", None, 2)
+    bed.pausing = True
+    assert bed.start() is None
+    bed.pausing = False
+    assert bed.start() == 2
 
 
 def test_a_fixed_number_is_waited_for_and_not_for_ever():

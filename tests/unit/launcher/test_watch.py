@@ -13,7 +13,7 @@ from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import watch as watches
 from ftlaunch.launcher.control import Progress
 from ftlaunch.launcher.failure import Hangs, NodeLost
-from ftlaunch.launcher.live_nodes import Names, Node
+from ftlaunch.launcher.live_nodes import Absence, Names
 from ftlaunch.launcher.watch import LOST_S, Rank, Watch, patience_s
 
 TIMEOUT_S = 10.0
@@ -24,10 +24,11 @@ class Nodes:
 
     def __init__(self) -> None:
         self.names, self.gone, self.asked = Names(), set[str](), 0
+        self.why: Absence = "silent"
 
-    def lost(self) -> list[Node]:
+    def lost(self) -> dict[str, Absence]:
         self.asked += 1
-        return [Node(key, key, ("127.0.0.1", 1), {}) for key in self.gone]
+        return dict.fromkeys(self.gone, self.why)
 
 
 @dataclass
@@ -92,6 +93,17 @@ def test_a_silent_rank_whose_node_is_gone(bed):
     assert bed.look() == {}
     found = bed.look(after_s=LOST_S)
     assert {rank: type(error) for rank, error in found.items()} == {1: NodeLost}
+
+
+def test_a_node_on_which_ray_has_ended_is_lost_at_once(bed):
+    bed.nodes.gone, bed.nodes.why = {"b"}, "ended"
+    ranks = {0: Rank("a", 7, 0.0, None), 1: Rank("b", 8, 0.0, None)}
+    assert {rank: type(error) for rank, error in bed.watch.ended(ranks).items()} == {1: NodeLost}
+    assert bed.look() == {}, "nobody is silent: nobody was asked"
+    bed.unanswered_s = 1.5
+    assert {rank: type(error) for rank, error in bed.look().items()} == {1: NodeLost}
+    bed.nodes.why = "silent"
+    assert bed.watch.ended(ranks) == {}
 
 
 def test_a_node_that_comes_back_is_not_lost(bed):
