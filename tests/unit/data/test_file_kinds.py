@@ -241,7 +241,8 @@ def test_a_damaged_arrow_file_is_read_or_named(place, value, as_stream):
 
 def damaged_parquet():
     """Every byte of the pages changed once, and the file cut at every place of its footer. (Of a footer that was
-    changed and not cut pyarrow itself may abort: there is nothing to catch.)"""
+    changed and not cut pyarrow itself may abort: what a column's metadata throws goes through code that lets nothing
+    through, and there is nothing to catch; docs/data-formats.md says how the file is found.)"""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": ["abc", "d"] * 20}), sink, row_group_size=15, compression="none")
     good = sink.getvalue().to_pybytes()
