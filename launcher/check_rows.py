@@ -115,7 +115,7 @@ def parsed_notes(row: Parsed) -> Iterator[Note]:
     match row:
         case Completion():
             yield from _completion_notes(row)
-        case Conversation():
+        case Conversation() if row.messages:
             yield from _conversation_notes(row.messages)
         case Preference():
             yield from _answers_notes(row, {"chosen": row.chosen, "rejected": row.rejected})

@@ -302,6 +302,16 @@ def test_rows_that_the_method_does_not_learn_from_are_read_and_their_source_is_o
     assert sources["choices"]["rows_looked_at"] == len(GOOD_CHOICES) + len(CHOICES)
 
 
+def test_a_method_that_learns_from_texts_only_has_all_other_rows_read(folder, found):
+    seen = check(folder, "method={type: cpt}")[1]
+    refused = {each["where"] for each in seen["findings"] if each["code"] == "unreadable-source"}
+    assert refused >= {"chat", "pairs", "shared", "told", "choices"}
+    assert "texts" not in refused
+    for source in ("chat", "pairs", "shared", "told"):
+        for code in ("unreadable-row", "malformed-row", "repeated-role", "missing-prompt", "glued", "duplicate"):
+            assert named(seen, code, source) == named(found, code, source)
+
+
 def test_copies_name_their_originals(found):
     for n, fault in enumerate(CHAT):
         if fault.same_as is not None:
