@@ -103,7 +103,9 @@ def _facts(recipe: Recipe, world_size: int) -> dict[str, Any]:
 
 def take_over_recipe(attempt: Attempt) -> None:
     """From now on the run is what this attempt's recipe says; on rank 0. Not before the changes that the user accepted
-    have proved to fit what was saved: an attempt that is refused must leave the run as it was."""
+    have proved to fit what was saved: an attempt that is refused must leave the run as it was, and so must one that is
+    superseded meanwhile, which raises Superseded."""
+    attempt.run.check_newest(attempt.number)
     if attempt.run.read_recipe() != attempt.recipe:
         attempt.run.replace_recipe(attempt.recipe, attempt.number)
 

@@ -219,9 +219,11 @@ def _writer(
     job: Job, group: Group, attempt: Attempt, content: Content, recorder: Recorder | None
 ) -> tuple[CheckpointWriter, Staging | None]:
     """What writes checkpoints, and where copies go if that happens beside the training."""
-    url, peers = attempt.run.url, group.apart(groups.SAVE_TIMEOUT)
+    url, peers = attempt.run.url, group.for_saves()
     in_place = share_local_folder(url, peers)
-    writer = CheckpointWriter(url, attempt.number, partial(_announce, recorder), peers, in_place=in_place)
+    fence = partial(attempt.run.check_newest, attempt.number)
+    announce = partial(_announce, recorder)
+    writer = CheckpointWriter(url, attempt.number, announce, peers, in_place=in_place, fence=fence)
     copy_bytes = sum(plan.copied_bytes() for plan in writer.plan(content).values())
     mode, note = agree_on_mode(job.loaded.recipe.checkpoint.mode, copy_bytes, group.peers)
     if recorder and note:

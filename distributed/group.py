@@ -83,6 +83,10 @@ class Group:
             return Peers()
         return Peers(self.world.rank, self.world.size, dist.new_group(backend="gloo", timeout=timeout))
 
+    def for_saves(self) -> Peers:
+        """The same ranks over a group that waits for storage; collective."""
+        return self.apart(SAVE_TIMEOUT)
+
     def from_main(self, make: Callable[[], T], doing: str) -> T:
         """What rank 0 makes, on every rank. An error of rank 0 is raised on all."""
         made: T | None = None

@@ -85,6 +85,7 @@ class Recorder:
     attempt: int
     monitor: Monitor
     events: EventLog
+    metrics: storage.LineLog
     trackers: tuple[Tracker, ...]
     pulse: Pulse
     secrets: tuple[str, ...] = ()
@@ -96,7 +97,8 @@ class Recorder:
         events = run.open_events(attempt.number, loaded.secrets)
         trackers = open_trackers(loaded.recipe, run.url)
         pulse = Pulse(run, attempt.number)
-        recorder = cls(run, attempt.number, monitor, events, trackers, pulse, loaded.secrets)
+        metrics = run.open_metrics(attempt.number)
+        recorder = cls(run, attempt.number, monitor, events, metrics, trackers, pulse, loaded.secrets)
         for note in attempt.notes:
             recorder.message(note, level="warning")
         return recorder
@@ -113,7 +115,7 @@ class Recorder:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """An optimizer step was taken."""
-        self.run.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, "time": _now(), **values})
+        self.metrics.append({"kind": "step", "step": step, "attempt": self.attempt, "time": _now(), **values})
         self.monitor.emit({"kind": "step", "step": step, **values})
         self._track(step, {f"train/{name}": value for name, value in values.items()})
         self.pulse.step = step
@@ -121,21 +123,22 @@ class Recorder:
     def evaluation(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
         """Held-out losses were measured, in so many seconds."""
         measured = {"losses": dict(losses), "seconds": seconds}
-        self.run.metrics.append({"kind": "evaluation", "step": step, "attempt": self.attempt, **measured})
+        self.metrics.append({"kind": "evaluation", "step": step, "attempt": self.attempt, **measured})
         self.monitor.emit({"kind": "evaluation", "step": step, "losses": dict(losses)})
         self._track(step, {f"eval/{name}": value for name, value in losses.items()})
 
-    def data(self, step: int, counts: counters.Counts) -> None:
-        """Counts per source so far."""
+    def data(self, step: int, counts: counters.Counts, digest: str) -> None:
+        """Counts per source so far; `digest` tells which files they are of, and in which order they are read."""
         sources = {source: _nested(numbers) for source, numbers in counts.items()}
-        self.run.metrics.append({"kind": "data", "step": step, "attempt": self.attempt, "sources": sources})
+        about = {"sources": sources, "digest": digest}
+        self.metrics.append({"kind": "data", "step": step, "attempt": self.attempt, **about})
 
     def checkpoint(self, step: int, path: str, seconds: float, stall_s: float) -> None:
         """A checkpoint was committed, after `seconds`; training was held up for `stall_s` of them. From any thread."""
         times = {"seconds": seconds, "save_stall_s": stall_s}
         self.monitor.emit({"kind": "checkpoint", "step": step, "path": path, **times})
         self.events.record("checkpoint", step=step, path=path, **times)
-        self.run.metrics.append({"kind": "checkpoint", "step": step, "attempt": self.attempt, **times})
+        self.metrics.append({"kind": "checkpoint", "step": step, "attempt": self.attempt, **times})
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
@@ -144,7 +147,7 @@ class Recorder:
     def close(self) -> None:
         """Bring everything to storage."""
         self.pulse.close()
-        self.run.metrics.close()
+        self.metrics.close()
         self.events.close()
         for tracker in self.trackers:
             tracker.close()

@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any, Literal
 
 import psutil
 
-from ..recipes.errors import UserError
+from ..recipes.errors import Superseded, UserError
 from ..recipes.redact import redact_values
 from . import storage
 from .checkpoint.commit import COMMITS, directory_name
@@ -94,8 +93,8 @@ class AttemptInfo:
 class EventLog:
     """events.jsonl: what happened, when, in which attempt, without secrets. One writer: rank 0."""
 
-    def __init__(self, url: str, attempt: int, now: Now = utc_now, secrets: Sequence[str] = ()) -> None:
-        self._log = LineLog(url)
+    def __init__(self, log: LineLog, attempt: int, now: Now = utc_now, secrets: Sequence[str] = ()) -> None:
+        self._log = log
         self._secrets = secrets
         self._attempt = attempt
         self._now = now
@@ -171,6 +170,22 @@ class RunDirectory:
                 f"checkpoint.path: {self.url} on {socket.gethostname()} is not the folder that rank 0 writes to. Nodes "
                 "must share it: name a shared folder by its whole path, or an object store (s3://…)."
             )
+
+    def is_newest(self, attempt: int) -> bool:
+        """Whether none has been registered since; numbers have no gaps."""
+        return not storage.exists(self.path("attempts", f"a{attempt + 1}.json"))
+
+    def check_newest(self, attempt: int) -> None:
+        """Raises Superseded where another attempt has been registered since this one: whoever started it took this one
+        for dead (a machine that slept, say, or was cut off), and two must not both say what the run is."""
+        if self.is_newest(attempt):
+            return
+        newest = self.attempts()[-1]
+        raise Superseded(
+            f"attempt {attempt} of {self.url} ends here: it was taken for dead, and attempt {newest.number} goes on "
+            f"with the run since {newest.started_at} on {newest.process.host}. Nothing that the run has saved was "
+            "changed."
+        )
 
     def heartbeat(self, attempt: int, step: int) -> None:
         """Say that the attempt lives, and which step it took last; `pulse.Pulse` does so every `HEARTBEAT_EVERY_S`."""
@@ -267,12 +282,14 @@ class RunDirectory:
 
     def open_events(self, attempt: int, secrets: Sequence[str] = ()) -> EventLog:
         """The event log, for rank 0."""
-        return EventLog(self.path("events.jsonl"), attempt, self._now, secrets)
+        return EventLog(self._open_log("events.jsonl", attempt), attempt, self._now, secrets)
 
-    @cached_property
-    def metrics(self) -> LineLog:
-        """The metrics log, for rank 0; opened at first use."""
-        return LineLog(self.path("metrics.jsonl"))
+    def open_metrics(self, attempt: int) -> LineLog:
+        """The metrics log, for rank 0."""
+        return self._open_log("metrics.jsonl", attempt)
+
+    def _open_log(self, name: str, attempt: int) -> LineLog:
+        return LineLog(self.path(name), is_ours=lambda: self.is_newest(attempt))
 
 
 def describe_environment() -> dict[str, Any]:

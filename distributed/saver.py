@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..recipes.errors import UserError
+from ..recipes.errors import FtlaunchError, Superseded, UserError
 from ..recipes.naming import best_metric
 from ..recipes.schema import Recipe
 from .background import Work
@@ -19,6 +19,7 @@ from .checkpoint.fetch import Share
 from .checkpoint.fragments import Fragment
 from .checkpoint.manifest import STATE_PATH, DamagedError, FileRecord, read_checked, read_manifest
 from .checkpoint.parts import Source
+from .checkpoint.peers import LostRank
 from .checkpoint.reader import CheckpointReader, Memory
 from .checkpoint.retention import Retention, apply_retention, drop_unfinished_uploads
 from .checkpoint.save import CheckpointWriter, folder_of, path_of
@@ -120,17 +121,42 @@ class Saver:
     @contextmanager
     def _ending(self, step: int, *, must: bool) -> Iterator[None]:
         try:
-            with self.group.peers.together(f"saving step {step}"):
+            with self.group.peers.together(f"saving step {step}"), self._superseded_first():
                 yield
         except Exception as error:
-            if must or self.recipe.checkpoint.on_error == "stop":
+            if must or self.recipe.checkpoint.on_error == "stop" or isinstance(error, Superseded):
                 raise
             if self.recorder:
                 kept = "none" if self.last_step is None else f"that of step {self.last_step}"
                 text = f"step {step} was not saved: {error}. Training goes on; the newest checkpoint is {kept}"
                 self.recorder.message(text, level="warning")
+            self._meet_again(error)
         else:
             self.last_step = step
+
+    def _meet_again(self, error: Exception) -> None:
+        """A connection that broke stays so: ranks that lost each other in a save need another one for the next."""
+        if any(self.group.peers.gather(isinstance(error, LostRank))):
+            self.writer.peers = self.group.for_saves()
+
+    @contextmanager
+    def _superseded_first(self) -> Iterator[None]:
+        """A newer attempt clears away what this one was writing, which then fails; that is no failure of storage."""
+        try:
+            yield
+        except Exception as error:
+            if self.group.world.is_main:
+                self._check_newest(error)
+            raise
+
+    def _check_newest(self, error: Exception) -> None:
+        """Raises Superseded where that is why a save failed."""
+        try:
+            self.run.check_newest(self.writer.attempt)
+        except Superseded as reason:
+            raise reason from error
+        except FtlaunchError:  # storage does not answer: what failed first is what counts
+            return
 
     def close(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let the save in the background end, also where training fails on this rank alone; only who has no time, by
@@ -144,15 +170,17 @@ class Saver:
         """What is saved. Collective, over the group of the training."""
         state = self._state(extent)
         if self.recorder:
-            self.recorder.data(extent.steps, counters.total(stream["counters"] for stream in state["stream"].values()))
+            counts = counters.total(stream["counters"] for stream in state["stream"].values())
+            self.recorder.data(extent.steps, counts, self.data_digest)
             # Before the commit: a resumed run takes no step again that is committed, so its numbers would be lost.
-            self.run.metrics.flush()
+            self.recorder.metrics.flush()
         refused = self.rejections.take(self.group.peers)
         if self.recorder and refused:
             self.recorder.events.record("rejected_rows", rows=refused)
         return self._content(state)
 
     def _add_losses(self, step: int) -> None:
+        self.run.check_newest(self.writer.attempt)
         if self.recorder and self.evaluator.last_step == step:
             add_metrics(self.run.url, step, self.evaluator.last)
             self._make_room(self.recorder)
@@ -185,6 +213,7 @@ class Saver:
         return minutes is not None and self._since_save.elapsed() >= 60 * minutes
 
     def _make_room(self, recorder: Recorder) -> None:
+        self.run.check_newest(self.writer.attempt)
         who: Any = {
             "attempt": self.writer.attempt,
             "alive": [attempt.number for attempt in self.run.live_attempts()],

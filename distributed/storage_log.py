@@ -27,14 +27,18 @@ def complete_lines(data: bytes) -> bytes:
 
 class LineLog:
     """JSON lines that a later attempt continues. One writer at a time, which may have several threads.
+    `is_ours`: asked where lines of a later one would be written over; False drops ours.
 
     Local files are appended to line by line; while the disk is full, lines wait in memory. On object stores lines are
     kept in memory and the object is rewritten on `append` when `REWRITE_EVERY_S` have passed, on `flush` and on
     `close`. `clock` is in seconds.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, url: str, clock: Callable[[], float] = time.monotonic, is_ours: Callable[[], bool] = lambda: True
+    ) -> None:
         self.url = url
+        self._is_ours = is_ours
         self._clock = clock
         self._written_at = clock()
         self._local = is_local(url)
@@ -69,7 +73,8 @@ class LineLog:
                 self._write()
                 os.fsync(self._file.fileno())
             elif self._dirty:
-                write_bytes(self.url, bytes(self._lines))
+                if self._is_ours():
+                    write_bytes(self.url, bytes(self._lines))
                 self._written_at = self._clock()
                 self._dirty = False
 

@@ -32,6 +32,7 @@ from .export_target import EXPORT, IMPORT, Part, Target, read_back, write_all
 from .history import read_record
 from .locate import Located, locate
 from .model_card import CardFacts, license_of, model_card
+from .record import Record
 
 SHARD_BYTES = 2 * 2**30
 """Of a whole model's file: what a broken-off export has to write again at most."""
@@ -203,6 +204,7 @@ def card_facts(source: Source, files: FileSet, *, merged: bool) -> CardFacts:
     step = source.manifest.step
     base = recipe.model.path if recipe else (source.config or {}).get("base_model_name_or_path")
     found = source.base or _base_beside(base)
+    record = read_record(RunDirectory(run), step) if run else Record({})
     kind = "merged" if merged else "adapter" if source.config else "full"
     return CardFacts(
         title=recipe.name if recipe else "A fine-tuned model",
@@ -213,8 +215,8 @@ def card_facts(source: Source, files: FileSet, *, merged: bool) -> CardFacts:
         dtype=_dtype_of(files),
         recipe=recipe,
         recipe_text=text or "",
-        **({"record": read_record(RunDirectory(run), step)} if run else {}),
-        data_digest=_data_digest(source.located.directory),
+        record=record,
+        data_digest=record.data_digest or _data_digest(source.located.directory),
     )
 
 
@@ -233,7 +235,7 @@ def _license(folder: ModelFolder | None) -> str | None:
 
 
 def _data_digest(directory: str) -> str:
-    """What tells which files were read; only a checkpoint with its training state knows."""
+    """What tells which files were read, of a checkpoint without its run; only one with its training state knows."""
     files = [file for file in read_manifest(directory).files if file.path == STATE_PATH]
     return str(json.loads(_read(directory, files[0])).get("data", "")) if files else ""
 

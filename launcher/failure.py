@@ -96,7 +96,7 @@ class Rule:
         return bool(re.search(self.type, trouble.type)) and bool(re.search(self.text, trouble.text, re.IGNORECASE))
 
 
-_ENDED = r"^(UserError|KeyedError|RankError|DamagedError)$"
+_ENDED = r"^(UserError|KeyedError|RankError|DamagedError|Superseded)$"
 _CODE = (
     r"^(AssertionError|AttributeError|ImportError|ModuleNotFoundError|IndexError|KeyError|NameError|UnboundLocalError"
     r"|NotImplementedError|RecursionError|SyntaxError|TypeError|ValueError|ZeroDivisionError|UnicodeDecodeError)$"
@@ -189,7 +189,7 @@ def classify(trouble: Trouble, rank: int | None = None, node: str | None = None)
     return replace(failure, says=f"{rule.says} ({line})") if (line := _line(rule, trouble)) else failure
 
 
-_PLAIN = {"UserError", "KeyedError", "RankError", "DamagedError"} | {
+_PLAIN = {"UserError", "KeyedError", "RankError", "DamagedError", "Superseded"} | {
     error.__name__ for error in (Resized, Preempted, Hangs, NodeLost, NoRoom)
 }
 """Their texts are for people already."""

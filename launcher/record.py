@@ -36,7 +36,8 @@ class Counts:
 @dataclass(frozen=True)
 class Record:
     """One run. `steps` and `evaluations` are ascending by step, each step once; `data` has the latest counters of
-    each source; `attempts` counts how often the run was started."""
+    each source, `data_digest` tells which files they are of, in which order ("": not written down); `attempts` counts
+    how often the run was started."""
 
     environment: Mapping[str, Any]
     steps: tuple[Line, ...] = ()
@@ -44,6 +45,7 @@ class Record:
     data: Mapping[str, Counts] = field(default_factory=dict)
     events: tuple[Line, ...] = ()
     attempts: int = 0
+    data_digest: str = ""
 
     @property
     def tokens(self) -> int:
@@ -81,6 +83,7 @@ def make_record(metrics: Iterable[Line], events: Iterable[Line], environment: Ma
         data={name: _counts(raw) for name, raw in data_lines[-1]["sources"].items()} if data_lines else {},
         events=tuple(events),
         attempts=max((int(line["attempt"]) for line in lines), default=0),
+        data_digest=str(data_lines[-1].get("digest", "")) if data_lines else "",
     )
 
 

@@ -28,6 +28,11 @@ class RankError(UserError):
     """A mistake that shows on one rank only: which tells it, because no other one will."""
 
 
+class Superseded(UserError):
+    """A newer attempt goes on with the run. This one was taken for dead, and must change nothing any more: nor would it
+    help to start it again."""
+
+
 class InfrastructureError(FtlaunchError):
     """A machine, network or storage failed; the same command may work elsewhere or later. Exit code 2."""
 

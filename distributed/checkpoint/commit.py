@@ -21,6 +21,9 @@ COMMITS = "commits"
 
 ASIDE = ".damaged.json"
 
+NO_LONGER_KEPT = frozenset({"recipe_digest"})
+"""In records of earlier versions; it was always empty."""
+
 Report = Callable[[str], None]
 """Takes one line about a commit that is passed over; nothing is skipped silently."""
 
@@ -29,8 +32,8 @@ Report = Callable[[str], None]
 class CommitRecord:
     """A checkpoint that counts.
 
-    `directory` is its name below the run; `metrics` the evaluation losses at its step; `created_at` ISO 8601 in UTC;
-    `recipe_digest` tells which recipe made it.
+    `directory` is its name below the run; `metrics` the evaluation losses at its step; `created_at` ISO 8601 in UTC.
+    By which recipe it was made, `attempt` tells: the run keeps what each attempt changed.
     """
 
     step: int
@@ -38,7 +41,6 @@ class CommitRecord:
     directory: str
     created_at: str
     metrics: Mapping[str, float] = field(default_factory=dict)
-    recipe_digest: str = ""
 
     def to_bytes(self) -> bytes:
         """As it is stored."""
@@ -61,8 +63,9 @@ def read_commit(run_url: str, step: int) -> CommitRecord | None:
     if not storage.exists(url):
         return None
     try:
-        return CommitRecord(**json.loads(storage.read_bytes(url)))
-    except (ValueError, TypeError) as error:
+        stored = json.loads(storage.read_bytes(url))
+        return CommitRecord(**{name: value for name, value in stored.items() if name not in NO_LONGER_KEPT})
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{url} is no commit record ({error}): delete it to do without this checkpoint.") from error
 
 

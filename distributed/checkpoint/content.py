@@ -23,6 +23,5 @@ class Content:
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    recipe_digest: str = ""
     frozen: Collection[str] = ()
     copied: bool = False

@@ -128,7 +128,8 @@ class Held:
 
     def view(self, start: int, stop: int) -> torch.Tensor:
         """The bytes of elements [start, stop); no copy of what lies on the host in the right dtype."""
-        return self.values(start, stop).to("cpu", self._dtype).contiguous().view(torch.uint8)
+        found = self.values(start, stop).to("cpu", self._dtype).contiguous()
+        return found.as_strided(found.shape, (1,)).view(torch.uint8)  # a single element is contiguous at any stride
 
     def join(self, pieces: Sequence[Segment]) -> torch.Tensor:
         """The bytes of several pieces, one after the other; a copy only if there is more than one."""

@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...recipes.errors import InfrastructureError, UserError
+from ...recipes.errors import FtlaunchError, InfrastructureError, Superseded, UserError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+
+class LostRank(InfrastructureError):
+    """Another rank died, or did not answer in time. The group is broken from then on, for all that it connects."""
 
 
 class Transfer(Protocol):
@@ -61,7 +65,8 @@ class Peers:
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """What one rank fails at, all ranks fail at: the block's exception is told to all, and every rank raises.
+        """What one rank fails at, all ranks fail at: the block's exception is told to all, and every rank raises. That
+        the attempt is superseded counts more than whatever else failed.
 
         The block must take part in every transfer that the others expect of it, whatever happens to it.
         """
@@ -73,19 +78,28 @@ class Peers:
         self._agree(error, doing)
 
     def _agree(self, error: Exception | None, doing: str) -> None:
-        told = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
+        told = None if error is None else (_kind(error), str(error) or repr(error))
         try:
             everyone = self.gather(told)
         except InfrastructureError:
             if error is not None:
                 raise error from None
             raise
+        failures = [(rank, *failure) for rank, failure in enumerate(everyone) if failure is not None]
+        for _, kind, message in failures:
+            if kind is Superseded:
+                raise Superseded(message) from error
         if error is not None:
             raise error
-        for rank, failure in enumerate(everyone):
-            if failure is not None:
-                mendable, message = failure
-                raise (UserError if mendable else InfrastructureError)(f"rank {rank} failed {doing}: {message}")
+        if failures:
+            rank, kind, message = failures[0]
+            raise kind(f"rank {rank} failed {doing}: {message}")
+
+
+def _kind(error: Exception) -> type[FtlaunchError]:
+    """As what the other ranks raise it."""
+    kinds: tuple[type[FtlaunchError], ...] = (Superseded, UserError)
+    return next((kind for kind in kinds if isinstance(error, kind)), InfrastructureError)
 
 
 @dataclass(frozen=True)
@@ -109,4 +123,4 @@ def _lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise InfrastructureError(f"the connection to another rank broke during a save: {error}") from error
+        raise LostRank(f"the connection to another rank broke during a save: {error}") from error

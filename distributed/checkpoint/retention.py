@@ -54,12 +54,15 @@ def orphans(
 def apply_retention(
     run_url: str, retention: Retention, *, attempt: int, alive: Collection[int], report: Report
 ) -> list[str]:
-    """Delete what need not stay; returns the names of the directories that went. For one rank only.
+    """Delete what need not stay; returns the names of the directories that went. For one rank only. Nothing goes where
+    a newer attempt has committed: what the run keeps is for that one to say.
 
     Only what could be used counts as kept: records of damaged or deleted directories would push whole checkpoints
     out. They stay as they are, for the user to look at."""
     names = storage.list_names(run_url)  # before the records: what is committed in between is not an orphan
     records = list_commits(run_url, report)
+    if any(record.attempt > attempt for record in records):
+        return []
     whole = [record for record in records if directory_problem(run_url, record) is None]
     keep = retention.steps(whole)
     aside = directories_set_aside(run_url)

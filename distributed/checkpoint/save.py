@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
-from ...recipes.errors import FtlaunchError, InfrastructureError
+from ...recipes.errors import FtlaunchError, InfrastructureError, Superseded
 from .. import storage
 from .commit import CommitRecord, commit, commit_url, directory_name, directory_problem, read_commit
 from .content import Content
@@ -62,6 +62,9 @@ class CheckpointWriter:
     sample_bytes: int = SAMPLE_BYTES
     in_place: bool = False
     """All ranks share a local folder on one host, see `shared.share_local_folder`."""
+    fence: Callable[[], None] = lambda: None
+    """Raises Superseded where a newer attempt goes on with the run; asked on rank 0, before anything of the run is
+    changed that is not this attempt's alone."""
     _plans: dict[str, PartPlan] = field(default_factory=dict)
     _load: list[int] = field(default_factory=list)
     _unchanged: Unchanged = field(default_factory=Unchanged)
@@ -103,7 +106,8 @@ class CheckpointWriter:
         """Write, verify and commit the checkpoint of `step`; returns the record that counts.
 
         A step that is committed already stays as it is. Every rank raises if one fails, and then nothing is
-        committed: UserError or InfrastructureError, or on the failing rank what went wrong there.
+        committed: UserError or InfrastructureError, or on the failing rank what went wrong there; Superseded on all of
+        them where a newer attempt goes on with the run.
         """
         existing = self._begin(step)
         if existing is not None:
@@ -117,7 +121,11 @@ class CheckpointWriter:
             raise
         # From here on the record may be there, whatever comes back: a rank that is lost while it is made must not make
         # the others take away what it names.
-        counts = self._commit(step, content, manifest)
+        try:
+            counts = self._commit(step, content, manifest)
+        except Superseded:
+            self._discard(directory)  # the record was not made
+            raise
         if counts.attempt != self.attempt:
             self._discard(directory)
         else:
@@ -162,6 +170,7 @@ class CheckpointWriter:
         existing: CommitRecord | None = None
         with self.peers.together("looking for earlier commits"):
             if self.peers.rank == 0:
+                self.fence()
                 existing = self._usable_commit(step)
                 if existing is None:
                     storage.delete_tree(storage.join(self.run_url, directory_name(step, self.attempt)))
@@ -227,10 +236,11 @@ class CheckpointWriter:
     def _commit(self, step: int, content: Content, manifest: Manifest) -> CommitRecord:
         created_at = datetime.now(UTC).isoformat(timespec="seconds")
         name = directory_name(step, self.attempt)
-        ours = CommitRecord(step, self.attempt, name, created_at, dict(content.metrics), content.recipe_digest)
+        ours = CommitRecord(step, self.attempt, name, created_at, dict(content.metrics))
         counts = ours
         with self.peers.together("committing"):
             if self.peers.rank == 0:
+                self.fence()  # ranks may have slept since the save began
                 counts = commit(self.run_url, ours)
                 self._announce_commit(ours, counts, manifest)
         return self.peers.broadcast(counts)  # type: ignore[no-any-return]

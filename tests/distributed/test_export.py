@@ -40,6 +40,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True, "modules_to_save": ["lm_head", "embed_tokens"]},
     "dora": {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]},
     "pissa": {"init": "pissa_niter_4", "target_modules": ["k_proj", "up_proj"]},
+    "qlora": {"type": "qlora"},
     "embedded": {"target_modules": ["embed_tokens", "o_proj"]},
 }
 TIED = "embedded-tied"
@@ -281,6 +282,8 @@ def test_the_card(trained, tmp_path):
         assert f"| {counts['rows']:,} | {counts['tokens']:,} |" in row
     assert "after 3 optimizer steps" in text
     assert "learning_rate: 0.01" in text
+    state = json.loads((runs["embedded"].checkpoint / "training/state.json").read_text())
+    assert f"Files and their order: `{state['data']}`." in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 
 
@@ -288,6 +291,10 @@ def test_the_card_of_an_earlier_step_says_what_was_then(trained, tmp_path):
     _, runs = trained
     assert cli.main(["export", f"{runs['lora'].directory}@2", "--to", str(tmp_path / "to")]) == 0
     text = (tmp_path / "to" / "README.md").read_text()
+    earlier = runs["lora"].directory / "step-000002.a1"
+    assert not (earlier / "training").exists(), "its training state is gone, and what was read is still known"
+    state = json.loads((runs["lora"].checkpoint / "training/state.json").read_text())
+    assert f"Files and their order: `{state['data']}`." in text
     assert f"after 2 optimizer steps on {runs['lora'].steps[1]['tokens']:,} tokens" in text
     first = next(line["losses"]["chats/loss"] for line in runs["lora"].lines if line["kind"] == "evaluation")
     assert "| held-out loss | at step 0 |\n" in text and f"| chats/loss | {first:.4f} |\n" in text

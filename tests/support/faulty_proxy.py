@@ -55,6 +55,9 @@ class FaultyProxy:
         self.counts: Counter[str] = Counter()
         self.heads: deque[bytes] = deque(maxlen=1_000)
         """The last requests: first lines and headers."""
+        self.sent: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
+        """Bytes of the bodies of answers to GET, and of requests, by path; the store's own, whatever became of them."""
         self.delay_s = delay_s
         self._uplink_bytes_per_s, self._uplink_free_at = uplink_bytes_per_s, 0.0
         self._upstream = (host, port)
@@ -106,7 +109,11 @@ class FaultyProxy:
             if kind in ("reset", "slow_down", "error") or kind in REFUSALS:
                 await self._refuse(writer, kind, method)
             else:
-                await self._spoil(writer, kind, await self._ask(head, body))
+                answer = await self._ask(head, body)
+                self.received[path.partition("?")[0]] += len(body)
+                if method == "GET":
+                    self.sent[path.partition("?")[0]] += len(answer.partition(b"\r\n\r\n")[2])
+                await self._spoil(writer, kind, answer)
         with contextlib.suppress(ConnectionError):
             writer.close()
 

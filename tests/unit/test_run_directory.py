@@ -22,7 +22,7 @@ from ftlaunch.distributed.run_directory import (
     Process,
     RunDirectory,
 )
-from ftlaunch.recipes.errors import InfrastructureError, UserError
+from ftlaunch.recipes.errors import InfrastructureError, Superseded, UserError
 
 
 class Clock:
@@ -178,6 +178,17 @@ def test_a_broken_file_is_named(run, tmp_path):
     (tmp_path / "bot/facts.json").write_text("{")
     with pytest.raises(UserError, match=r"facts\.json is broken"):
         run.read_facts()
+
+
+def test_an_attempt_is_superseded_once_another_is_registered(run):
+    first = run.claim_attempt(world_size=1, command=["x"])
+    run.check_newest(first)
+    second = run.claim_attempt(world_size=2, command=["x"])
+    run.check_newest(second)
+    third = run.claim_attempt(world_size=2, command=["x"])
+    for attempt in (first, second):
+        with pytest.raises(Superseded, match=f"attempt {attempt} of .*attempt {third} goes on with the run since 2030"):
+            run.check_newest(attempt)
 
 
 def test_events_carry_time_and_attempt(run, clock, tmp_path):

@@ -196,6 +196,24 @@ def test_a_log_is_continued_and_a_torn_line_dropped(root):
     assert steps == [1, 2, 3]
 
 
+def test_a_log_on_an_object_store_is_not_written_over_by_whoever_had_it_before():
+    """The one that woke up holds lines in memory, and would rewrite the whole object with them."""
+    url = "memory://bucket/log.jsonl"
+    storage.delete_tree("memory://bucket")
+    is_newest = [True]
+    first = LineLog(url, is_ours=lambda: is_newest[0])
+    first.append({"n": 1})
+    first.flush()
+    first.append({"n": 2})
+    second = LineLog(url)
+    is_newest[0] = False
+    second.append({"n": 3})
+    second.close()
+    first.append({"n": 4})
+    first.close()
+    assert [json.loads(line)["n"] for line in storage.read_bytes(url).splitlines()] == [1, 3]
+
+
 def test_a_log_on_an_object_store_is_rewritten_at_most_every_thirty_seconds():
     now = [0.0]
     url = "memory://bucket/log.jsonl"

@@ -39,7 +39,7 @@ def make(run, step, attempt=1, *, committed=True, resumable=True, **metrics):
         (directory / file).write_bytes(b"{}")
     manifest = Manifest(step, attempt, tuple(record_bytes(file, b"{}") for file in files))
     (directory / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    record = CommitRecord(step, attempt, directory.name, "2030-01-01T00:00:00+00:00", metrics, "digest")
+    record = CommitRecord(step, attempt, directory.name, "2030-01-01T00:00:00+00:00", metrics)
     return commit(str(run), record) if committed else record
 
 
@@ -49,6 +49,13 @@ def test_commits_are_listed_by_step_and_read_back(tmp_path):
     assert latest(str(tmp_path), nothing_to_report) == made[0]
     assert best(str(tmp_path), "a/loss", nothing_to_report) == made[1]
     assert best(str(tmp_path), "b/loss", nothing_to_report) is None
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path):
+    record = make(tmp_path, 5)
+    path = tmp_path / "commits/step-000005.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "recipe_digest": ""}))
+    assert list_commits(str(tmp_path), nothing_to_report) == [record]
 
 
 def test_a_directory_without_a_commit_does_not_exist(tmp_path):
@@ -187,6 +194,15 @@ def test_retention_deletes_record_and_directory(tmp_path):
     assert [record.step for record in list_commits(str(tmp_path), nothing_to_report)] == [10, 40]
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["commits", "step-000010.a2", "step-000040.a2", "step-000050.a2", "step-000050.a3"]
+
+
+def test_what_a_newer_attempt_keeps_is_not_for_an_older_one_to_delete(tmp_path):
+    """It may have slept since it asked whether it is the newest."""
+    for step, attempt in ((10, 1), (20, 1), (30, 2)):
+        make(tmp_path, step, attempt=attempt)
+    assert retain(tmp_path, Retention(1), attempt=1) == []
+    assert resumable_steps(tmp_path) == [10, 20, 30]
+    assert sorted(retain(tmp_path, Retention(1), attempt=2)) == ["step-000010.a1", "step-000020.a1"]
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])

@@ -15,7 +15,7 @@ from ftlaunch.distributed.checkpoint.peers import Peers
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader, read_whole
 from ftlaunch.distributed.checkpoint.save import CheckpointWriter, Content
 from ftlaunch.distributed.checkpoint.verify import verify_checkpoint
-from ftlaunch.recipes.errors import InfrastructureError, UserError
+from ftlaunch.recipes.errors import InfrastructureError, Superseded, UserError
 
 TENSORS = {f"layer.{i}.weight": torch.arange(50.0 + i).reshape(-1, 1) for i in range(9)}
 
@@ -36,7 +36,7 @@ def save(run, threads, fragmented, *, size=2, attempt=1, step=5, events=None):
     def work(peers):
         announce = Events() if events is None else events
         writer = CheckpointWriter(str(run), attempt, announce, peers, max_file_bytes=500)
-        return writer.save(step, content_of(fragments[peers.rank], metrics={"m": 1.0}, recipe_digest="d"))
+        return writer.save(step, content_of(fragments[peers.rank], metrics={"m": 1.0}))
 
     results, _ = threads(size, work)
     return results
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_whole(tmp_path, threads, fragmented):
     events = Events()
     records = save(tmp_path, threads, fragmented, events=events)
     assert records[0] == records[1] == list_commits(str(tmp_path), events.append)[0]
-    assert (records[0].metrics, records[0].recipe_digest, records[0].directory) == ({"m": 1.0}, "d", "step-000005.a1")
+    assert (records[0].metrics, records[0].directory) == ({"m": 1.0}, "step-000005.a1")
     assert [event["kind"] for event in events] == ["checkpoint_committed"]
     directory = tmp_path / "step-000005.a1"
     assert verify_checkpoint(str(directory)) == []
@@ -151,6 +151,35 @@ def test_of_two_attempts_at_once_one_wins_and_the_other_says_so(tmp_path, thread
     assert record.attempt == 1
     assert not (tmp_path / "step-000005.a2").exists()
     assert [(event["kind"], event["attempt_kept"]) for event in events] == [("checkpoint_kept", 1)]
+
+
+def test_an_attempt_that_is_superseded_in_mid_save_commits_nothing(tmp_path, threads, fragmented):
+    """Also where another rank fails at the same time: that it is superseded is what every rank says."""
+    fragments = fragmented(TENSORS, 2, 3)
+    asked = []
+
+    def fence():
+        asked.append(len(list_commits(str(tmp_path), pytest.fail)))
+        if len(asked) > 1:
+            raise Superseded("attempt 2 goes on")
+
+    def work(peers):
+        writer = CheckpointWriter(str(tmp_path), 1, Events(), peers, max_file_bytes=500, fence=fence)
+        return writer.save(5, content_of(fragments[peers.rank]))
+
+    results, _ = threads(2, work)
+    assert [(type(result), str(result)) for result in results] == [(Superseded, "attempt 2 goes on")] * 2
+    assert asked == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+    def agreed(peers):
+        with peers.together("saving"):
+            if peers.rank == 0:
+                raise Superseded("attempt 2 goes on")
+            raise InfrastructureError("no such file")
+
+    results, _ = threads(2, agreed)
+    assert [(type(result), str(result)) for result in results] == [(Superseded, "attempt 2 goes on")] * 2
 
 
 def test_a_failed_save_is_not_committed_and_can_be_tried_again(tmp_path, fragmented, monkeypatch):
