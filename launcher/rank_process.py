@@ -51,8 +51,10 @@ warm_up = WarmUp()
 
 
 def loaded() -> list[str]:
-    """Modules that this process has imported, in their order."""
-    return [name for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None) is not None]
+    """Modules that this process has imported, in their order; without those of Ray, which import each other: what Ray
+    imports of its own meanwhile, in another thread, would find them half made."""
+    found = [name for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None) is not None]
+    return [name for name in found if name.partition(".")[0] != "ray"]
 
 
 class RayTrainWorkerWarmingUp(RayTrainWorker):  # type: ignore[misc]

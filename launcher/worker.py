@@ -52,6 +52,7 @@ def train_worker(config: dict[str, Any]) -> None:
     A mistake of the user's is told to the launcher. Anything else is raised, and so is what lets ranks be started again
     after they have saved; `failure.py` says what is done then.
     """
+    warm_up.join()
     worker: WorkerConfig = config["worker"]
     if os.path.isdir(worker.folder):  # noqa: PTH112 - pathlib has no chdir before 3.11's contextlib one
         os.chdir(worker.folder)
@@ -86,7 +87,6 @@ def _logged(worker: WorkerConfig, context: Any, monitor: RayMonitor) -> Ending:
 
 
 def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor, log: RankLog) -> Ending:
-    warm_up.join()
     from ..distributed.entry import Job, run_rank
 
     world = _world(context, uses_gpus=worker.uses_gpus)

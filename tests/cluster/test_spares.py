@@ -21,6 +21,15 @@ def test_they_take_the_places_of_ranks_and_others_theirs(tmp_path):
     assert code == 0, said
 
 
+def test_what_ray_imports_is_left_to_it():
+    from ftlaunch.launcher import rank_process
+
+    taken_in = rank_process.loaded()
+    assert {"json", "ray"} <= set(sys.modules)
+    assert "json" in taken_in
+    assert [name for name in taken_in if name == "ray" or name.startswith("ray.")] == []
+
+
 def test_without_memory_none_stands_by(monkeypatch):
     from ftlaunch.launcher import spares
 
