@@ -33,10 +33,11 @@ TRY_AGAIN_S = 0.2
 FIRST = 0
 CODE = "code"
 EARLY = "its nodes were wanted back before there was a newer checkpoint (is cluster.time too short?)"
-LOST = "a node, or the driver, was lost"
-MISTAKE, FAILED, INTERRUPTED, KILLED = 1, 2, 130, -9
-MAX_FAILED = 3
-"""Starts in a row without a newer checkpoint, after which a job is not begun again."""
+LOST = "a node of the job, or all of it, was lost"
+MISTAKE, FAILED, INTERRUPTED = 1, 2, 130
+MAX_FAILED = 10
+"""Starts in a row without a newer checkpoint, after which a job is not begun again. A driver that comes so far as to
+count gives up sooner, on the run's own budget."""
 
 
 def main() -> int:
@@ -72,11 +73,14 @@ def main() -> int:
 def failures(start: Path) -> list[str]:
     """Why the starts of a job before this one ended, newest first, up to the last one that got further."""
     found: list[str] = []
-    for number in range(int(start.name.rpartition("-")[2]) - 1, -1, -1):
-        if not (why := why_again(start.with_name(f"start-{number}"))):
-            break
+    while why := why_again(start := before(start)):
         found.append(why)
     return found
+
+
+def before(start: Path) -> Path:
+    """The folder of the start before one."""
+    return start.with_name(f"start-{int(start.name.rpartition('-')[2]) - 1}")
 
 
 def _say(text: str) -> None:
@@ -115,7 +119,7 @@ class _Node:
         try:
             self._lay_out(spec, nodes)
             told = json.loads((self._folder / "keeper.json").read_text())
-            keeper = JobKeeper(self._folder, told, self._start)
+            keeper = JobKeeper(self._folder, told, self._start, why_again(before(self._start)))
             why = keeper.run()
         finally:
             end_processes(self._name)
@@ -154,25 +158,26 @@ class _Node:
         return {**told, "demand": demand, "record": {**told["record"], "job": job, "driver": node}}
 
     def _ended(self, keeper: JobKeeper, why: str) -> int:
-        code = KILLED
-        with suppress(OSError):
+        code = INTERRUPTED
+        try:
             code = int((self._folder / "exit").read_text())
-        if code < 0 and not keeper.asked:
-            _say(f"error: {why}; it did not come to its end")
-            return 1
+        except OSError:
+            if not keeper.asked:
+                _say(f"error: {why}; the driver did not come to its end")
+                return 1
         put(self._start / CODE, str(outcome(code, keeper.asked)))
         return 0
 
 
-def why_again(before: Path) -> str | None:
-    """Why the start of a job that left this folder is followed by another; empty: it was asked to leave, and got
-    further. None: there was none."""
-    if not before.is_dir():
+def why_again(start: Path) -> str | None:
+    """Why the start of a job that left this folder is followed by another, as `launcher/drive.py` has it; empty: it was
+    asked to leave, and got further. None: there was none."""
+    if not start.is_dir():
         return None
-    was_asked, code = (before / "asked").exists(), ""
+    was_asked, code = (start / "asked").exists(), ""
     with suppress(OSError):
-        code = (before / CODE).read_text()
-    if not was_asked and (not code or (before / "lost").exists()):
+        code = (start / CODE).read_text()
+    if not was_asked and (not code or (start / "lost").exists()):
         return LOST
     return EARLY if code == str(LEFT_EARLY) else ""
 
@@ -193,11 +198,10 @@ class JobKeeper(Keeper):
 
     # Before Slurm takes nodes away it sends SIGTERM to every process of a step. The ranks are to save first.
     shielded = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
-    restarts = False
 
-    def __init__(self, folder: Path, spec: Mapping[str, Any], start: Path) -> None:
+    def __init__(self, folder: Path, spec: Mapping[str, Any], start: Path, again: str | None) -> None:
         super().__init__(folder, spec)
-        self._start = start
+        self._start, self._again = start, again
         self._terminated = False
         (folder / "released").touch()
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -211,6 +215,11 @@ class JobKeeper(Keeper):
         with suppress(OSError):
             return (self._start / "asked").read_text()
         return "leave" if self._terminated else ""
+
+    def _drive(self, *again: str) -> None:
+        if not again and self._again is not None:
+            again = (self._again,)  # the first driver of this start, but not of the job
+        super()._drive(*again)
 
     def _told(self) -> str | None:
         if self._driver is None and (self._start / CODE).exists():  # else they would see that its Ray has ended, later

@@ -23,7 +23,7 @@ from slurm_site import Site
 from tiny import recipe_for, write_recipe
 from training import read_run, train
 
-from ftlaunch.cluster.slurm_keep import LOST, why_again
+from ftlaunch.cluster.slurm_keep import LOST
 from ftlaunch.cluster.slurm_script import Script
 from ftlaunch.recipes.schema_cluster import SlurmCluster
 
@@ -220,8 +220,9 @@ def test_a_time_limit_a_preemption_and_a_lost_node_change_nothing(slurm, work):
     assert "continuing run long from step" in attached.text
     outcomes = [json.loads((directory / f"attempts/a{n}.end.json").read_text())["outcome"] for n in (1, 2)]
     assert outcomes == ["interrupted", "interrupted"]
-    folder = Path(record(directory)["folder"])
-    assert LOST in [why_again(start) for start in folder.glob("start-*")]
+    failures = [json.loads(path.read_text()) for path in sorted((directory / "failures").iterdir())]
+    assert LOST in [failure["says"] for failure in failures]
+    assert failures[0]["launch"] == job
     assert weights(directory) == undisturbed
     assert slurm.state(job) == "COMPLETED"
     assert slurm.left() == {}
