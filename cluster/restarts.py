@@ -14,8 +14,15 @@ LEFT, LEFT_EARLY = 76, 77
 """Exit codes of a driver that was asked to leave its nodes (by SIGUSR1), and has: the run goes on when it gets nodes
 again. The second: before there was a newer checkpoint."""
 
+EARLY = "its nodes were wanted back before there was a newer checkpoint"
+"""Why a run that left so is on its budget when it begins again."""
+
 SPOKE = "spoke"
 """File in its job's folder by which a driver shows that it has come to an end of its own."""
+
+BEGUN = "begun"
+"""File there by which a driver shows that the run has begun: whatever brought it there is counted in the run directory
+by now, and what ends it will be."""
 
 MAX_QUICK = 3
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from .host_agent import JOB, end_processes, forget, put, scratch
 from .host_keeper import Keeper
-from .restarts import LEFT, LEFT_EARLY
+from .restarts import BEGUN, EARLY, LEFT, LEFT_EARLY
 from .slurm_checks import Said, addresses, demand_of, lacking, problems
 
 FILES_S = 60.0
@@ -32,12 +32,8 @@ FILES_S = 60.0
 TRY_AGAIN_S = 0.2
 FIRST = 0
 CODE = "code"
-EARLY = "its nodes were wanted back before there was a newer checkpoint (is cluster.time too short?)"
 LOST = "a node of the job, or all of it, was lost"
 MISTAKE, FAILED, INTERRUPTED = 1, 2, 130
-MAX_FAILED = 10
-"""Starts in a row without a newer checkpoint, after which a job is not begun again. A driver that comes so far as to
-count gives up sooner, on the run's own budget."""
 
 
 def main() -> int:
@@ -50,6 +46,17 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, JOB: name})  # noqa: S606
     spec = json.loads((job / "spec.json").read_text())
     nodes = [json.loads(_read(start / f"node-{n}.json")) for n in range(int(os.environ["SLURM_STEP_NUM_NODES"]))]
+    code, says = refusal(spec, nodes, start)
+    if says:
+        if number == FIRST:
+            _say(f"error: {says}")
+            put(start / CODE, str(code))
+        return 0
+    return _Node(job, start, name, number).keep(spec, nodes)
+
+
+def refusal(spec: Mapping[str, Any], nodes: Sequence[Said], start: Path) -> tuple[int, str]:
+    """Why nothing is started on these nodes, with the job's exit code; no words: something is."""
     wrong = lacking(nodes, spec["wanted"])
     if not wrong:
         from ..recipes.schema_cluster import SlurmCluster
@@ -57,23 +64,22 @@ def main() -> int:
         config = SlurmCluster.model_validate_json(json.dumps(spec["cluster"]))
         wrong = problems(config, spec, nodes)
     if wrong:
-        if number == FIRST:
-            _say("\n".join(["error: the nodes of this job do not fit:", *wrong]))
-            put(start / CODE, "1")
-        return 0
+        return MISTAKE, "\n".join(["the nodes of this job do not fit:", *wrong])
     failed = failures(start)
-    if len(failed) > MAX_FAILED:
-        if number == FIRST:
-            _say(f"error: {len(failed)} starts of this job in a row have failed, the last because {failed[0]}")
-            put(start / CODE, str(FAILED))
-        return 0
-    return _Node(job, start, name, number).keep(spec, nodes)
+    if len(failed) <= config.max_restarts:
+        return 0, ""
+    count = "a start" if len(failed) == 1 else f"{len(failed)} starts in a row"
+    return FAILED, (
+        f"{count} of this job ended before the run could go on, the last because {failed[0]}; it is not begun again "
+        "(cluster.max_restarts)"
+    )
 
 
 def failures(start: Path) -> list[str]:
-    """Why the starts of a job before this one ended, newest first, up to the last one that got further."""
+    """Why the starts of a job before this one ended, newest first, up to the last one that left its nodes as it should,
+    or whose driver came so far as to have the run's budget count."""
     found: list[str] = []
-    while why := why_again(start := before(start)):
+    while (why := why_again(start := before(start))) and not (start / BEGUN).exists():
         found.append(why)
     return found
 
@@ -179,7 +185,7 @@ def why_again(start: Path) -> str | None:
         code = (start / CODE).read_text()
     if not was_asked and (not code or (start / "lost").exists()):
         return LOST
-    return EARLY if code == str(LEFT_EARLY) else ""
+    return f"{EARLY} (is cluster.time too short?)" if code == str(LEFT_EARLY) else ""
 
 
 def outcome(code: int, asked: str) -> int:
@@ -202,7 +208,7 @@ class JobKeeper(Keeper):
     def __init__(self, folder: Path, spec: Mapping[str, Any], start: Path, again: str | None) -> None:
         super().__init__(folder, spec)
         self._start, self._again = start, again
-        self._terminated = False
+        self._terminated = self._begun = False
         (folder / "released").touch()
         signal.signal(signal.SIGTERM, self._on_signal)
 
@@ -224,6 +230,10 @@ class JobKeeper(Keeper):
     def _told(self) -> str | None:
         if self._driver is None and (self._start / CODE).exists():  # else they would see that its Ray has ended, later
             return "the job has ended"
+        if not self._begun and self._has(BEGUN):
+            with suppress(OSError):
+                (self._start / BEGUN).touch()  # where the nodes of the next start look
+                self._begun = True
         asked = self.asked if self._driver else ""
         if asked == "now":
             return "stopped"

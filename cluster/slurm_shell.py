@@ -6,6 +6,7 @@ It runs on the first node, outside of any container, so it is bash. It has two s
     JOB/start-N/asked      what is asked of the run: `leave` (save, and go on later), `stop` (save and end), `now`
     JOB/start-N/code       how the run ended; without it the start ended without a word
     JOB/start-N/lost       a node did not come to its end
+    JOB/start-N/begun      the run had begun
     JOB/exit               the exit code, once the job is over for good
 """
 

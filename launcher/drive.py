@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..cluster.base import Demand
 from ..cluster.joined import Joined
-from ..cluster.restarts import AGAIN, LEFT, LEFT_EARLY, SPOKE
+from ..cluster.restarts import AGAIN, BEGUN, LEFT, LEFT_EARLY, SPOKE
 from ..distributed.again import Flags
 from ..distributed.checkpoint.commit import latest_resumable
 from ..distributed.run_directory import RunDirectory
@@ -29,7 +29,7 @@ from .cli_recipe import remember
 from .handover import unpack
 from .keep import Beginning
 from .log_copy import LogCopy
-from .restarted import answer_before
+from .restarted import answer_before, earlier_of, why_again
 from .settle import renamed, run_of
 from .start import run_on
 from .supervisor import Nodes
@@ -78,11 +78,23 @@ class Driven:
         remember(loaded)
         sys.argv = list(self.job["command"])  # what the run directory says it was started with
         demand = Demand(**self.job["demand"])
-        if (code := answer_before(run_of(loaded), self.job["record"]["job"])) is not None:
+        if (code := self._take_over(run_of(loaded))) is not None:
             return code
         nodes = Nodes(demand, Joined(address, demand), self.beginning.launch)
         console = Console(width=self.job["columns"])
         return run_on(lambda: nodes, loaded, flags, console, self.beginning, begun=self._begin)
+
+    def _take_over(self, run: RunDirectory) -> int | None:
+        """From an earlier driver of this job, where there was one; its answer if that is final."""
+        earlier = earlier_of(run, self.job["record"]["job"])
+        if earlier is None:
+            return None
+        if not (self.folder / BEGUN).exists() and (code := answer_before(run, earlier)) is not None:
+            return code  # in place of one that died on this very node, it goes on; ranks there end by themselves
+        self._run, self._name, self._step = run, earlier.name, _newest_step(run)
+        if self.beginning.again is None:  # the first on these nodes, but not of the job
+            self.beginning = replace(self.beginning, again=why_again(earlier))
+        return None
 
     def _named(self, loaded: LoadedRecipe, flags: Flags) -> LoadedRecipe:
         """With `fresh` under a new name, which a driver that takes over keeps."""
@@ -98,6 +110,7 @@ class Driven:
         """The run will train, so its directory is to know where."""
         self._run, self._name = run, submissions.register(run, self.job["record"])
         self._step = _newest_step(run)
+        (self.folder / BEGUN).touch()
         self._copy = LogCopy(submissions.log_url(run, self._name), self.folder / LOG)
 
     def close(self, code: int) -> int:
@@ -107,9 +120,16 @@ class Driven:
         if code == AGAIN:
             return code
         if self._leaves and code == Interrupted.exit_code:
-            return LEFT if self._run and _newest_step(self._run) > self._step else LEFT_EARLY
+            return self._left()
         if self._run:
             submissions.finish(self._run, self._name, code)
+        return code
+
+    def _left(self) -> int:
+        if self._run is None:
+            return LEFT_EARLY
+        code = LEFT if _newest_step(self._run) > self._step else LEFT_EARLY
+        submissions.leave(self._run, self._name, code)
         return code
 
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import time
 
+from ..cluster.restarts import EARLY, LEFT_EARLY
 from ..distributed.run_directory import HEARTBEAT_DEAD_S, RunDirectory
+from ..recipes.errors import Interrupted
 from . import submissions
+from .submissions import Submission
 
 POLL_S = 2.0
 FINAL = (0, 1)
 """Exit codes that are answers: the run is done, or the user has something to mend."""
 
+LOST = "the driver was lost with its node"
 
-def answer_before(run: RunDirectory, job: str) -> int | None:
-    """What an earlier driver of this job has come to, if that is final; None: drive. Ranks of one that was lost are
-    waited for, as long as they may still be alive: a sign of life of theirs may be two minutes old."""
+
+def earlier_of(run: RunDirectory, job: str) -> Submission | None:
+    """This job, as an earlier driver of it has left it; None: there was none, and what is alive is somebody else's."""
     earlier = submissions.latest(run)
     if earlier is None or earlier.record["job"] != job or "began_at" not in earlier.record:
-        return None  # its first driver; what is alive then is somebody else's
+        return None
+    return earlier
+
+
+def answer_before(run: RunDirectory, earlier: Submission) -> int | None:
+    """What an earlier driver has come to, if that is final; None: drive. Ranks of one that was lost are waited for, as
+    long as they may still be alive: a sign of life of theirs may be two minutes old."""
     if earlier.exit_code in FINAL:
         return earlier.exit_code
     if earlier.record.get("ends_first"):
@@ -28,3 +38,13 @@ def answer_before(run: RunDirectory, job: str) -> int | None:
     while run.live_attempt() is not None and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
     return None
+
+
+def why_again(earlier: Submission) -> str:
+    """Why an earlier driver is followed by another one, on the run's budget; empty: at no cost to it, for that one was
+    asked to leave."""
+    if (left_with := earlier.record.get(submissions.LEFT_WITH)) is not None:
+        return EARLY if left_with == LEFT_EARLY else ""
+    if earlier.exit_code == Interrupted.exit_code:
+        return ""
+    return LOST if earlier.exit_code is None else f"its driver ended with exit code {earlier.exit_code}"

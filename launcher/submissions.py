@@ -20,6 +20,9 @@ from ..recipes.errors import UserError
 
 FOLDER = "submissions"
 END = ".end.json"
+LEFT_WITH, AGAIN_AT = "left_with", "again_at"
+"""Keys of a record: how its driver has left its nodes, until another one begins, and when that was. What an earlier one
+has come to counts no more then."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ def register(run: RunDirectory, record: Record) -> str:
     """Keep a record, as its driver has begun; returns the submission's name. A driver that was started again belongs to
     the same one."""
     known = _known(run, record)
-    begun = {**record, "began_at": time.time()}
+    now_s = time.time()
+    begun = {**record, "began_at": now_s}
     if known is not None and "began_at" in (before := _read(run, f"{known}.json")):
-        begun["began_at"] = before["began_at"]
+        begun |= {"began_at": before["began_at"], AGAIN_AT: now_s}
     return _keep(run, known or _new_name(run, record), begun)
 
 
@@ -59,6 +63,11 @@ def _new_name(run: RunDirectory, record: Record) -> str:
 def _keep(run: RunDirectory, name: str, record: Record) -> str:
     storage.write_bytes(run.path(FOLDER, f"{name}.json"), json.dumps(record, indent=2).encode() + b"\n")
     return name
+
+
+def leave(run: RunDirectory, name: str, code: int) -> None:
+    """The driver has left its nodes, with LEFT or LEFT_EARLY (`cluster/restarts.py`), and is to begin again."""
+    _keep(run, name, {**_read(run, f"{name}.json"), LEFT_WITH: code})
 
 
 def finish(run: RunDirectory, name: str, exit_code: int) -> None:
@@ -87,12 +96,11 @@ def all_submissions(run: RunDirectory) -> list[Submission]:
 
 
 def _submission(run: RunDirectory, name: str) -> Submission:
-    ended = storage.exists(run.path(FOLDER, f"{name}{END}"))
-    return Submission(
-        name=name,
-        record=_read(run, f"{name}.json"),
-        exit_code=_read(run, f"{name}{END}")["exit_code"] if ended else None,
-    )
+    record, code = _read(run, f"{name}.json"), None
+    if storage.exists(run.path(FOLDER, f"{name}{END}")):
+        end = _read(run, f"{name}{END}")
+        code = end["exit_code"] if end["ended_at"] >= record.get(AGAIN_AT, 0.0) else None
+    return Submission(name, record, code)
 
 
 def _records(run: RunDirectory) -> list[str]:

@@ -20,6 +20,10 @@ from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
 from training import read_run, train
 
+from ftlaunch.distributed.run_directory import RunDirectory
+from ftlaunch.launcher.budget import read_failures
+from ftlaunch.launcher.restarted import LOST
+
 WAIT_S = 120.0
 SECRET = "hf_" + "q7" * 12
 
@@ -165,6 +169,9 @@ def test_lost_pods_are_replaced(cluster, place):
     assert all(trained.tensors[name].equal(tensor) for name, tensor in undisturbed.tensors.items())
     assert len(list((directory / "attempts").glob("a?.json"))) >= 3
     assert "has ended with exit code 137. KubeRay makes another one in its place" in command.text
+    failures = read_failures(RunDirectory(str(directory)))
+    assert LOST in [failure.says for failure in failures]
+    assert len({failure.launch for failure in failures}) == 1
     assert left(served) == []
 
 
@@ -186,6 +193,8 @@ def test_a_killed_driver_and_an_evicted_head(cluster, place):
     assert steps[steps.index(40) :] == list(range(40, 301))
     assert len(list((directory / "attempts").glob("a?.json"))) == 3
     assert "the job is started again" in command.text
+    [failure] = read_failures(RunDirectory(str(directory)))  # who leaves has not failed
+    assert "the driver was killed" in failure.says
     assert left(served) == []
 
 

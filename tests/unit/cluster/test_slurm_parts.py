@@ -13,10 +13,10 @@ import pytest
 
 from ftlaunch.cluster import slurm, slurm_files
 from ftlaunch.cluster.base import Driver, Need
-from ftlaunch.cluster.restarts import LEFT, LEFT_EARLY
+from ftlaunch.cluster.restarts import BEGUN, EARLY, LEFT, LEFT_EARLY
 from ftlaunch.cluster.slurm import Slurm, overruling
 from ftlaunch.cluster.slurm_checks import addresses, demand_of, lacking, problems
-from ftlaunch.cluster.slurm_keep import EARLY, LOST, failures, outcome, why_again
+from ftlaunch.cluster.slurm_keep import LOST, failures, outcome, refusal, why_again
 from ftlaunch.cluster.slurm_queue import Commands, Standing, parse_partitions, parse_standing, partition_problems
 from ftlaunch.cluster.slurm_script import Script, directive, output_pattern
 from ftlaunch.cluster.slurm_shell import JOB_SH, KILLED
@@ -253,12 +253,14 @@ def test_why_a_job_begins_again(tmp_path):
             (before / name).write_text(str(LEFT))
         assert why_again(before) == why
     (before / "code").write_text(str(LEFT_EARLY))
-    assert why_again(before) == EARLY
+    assert why_again(before) == f"{EARLY} (is cluster.time too short?)"
     (before / "asked").unlink()
     assert why_again(before) == LOST
 
 
-def test_a_job_that_fails_time_and_again_is_given_up(tmp_path):
+def test_starts_that_end_before_the_run_begins_are_counted_by_the_job(tmp_path):
+    """Whatever comes later is on the run's own budget, which a newer checkpoint makes whole again."""
+
     def start(number: int, code: int | None) -> Path:
         folder = tmp_path / f"start-{number}"
         folder.mkdir()
@@ -270,8 +272,19 @@ def test_a_job_that_fails_time_and_again_is_given_up(tmp_path):
     start(1, None)
     start(2, LEFT)
     start(3, LEFT_EARLY)
-    assert failures(start(4, None)) == [EARLY]
-    assert failures(start(5, None)) == [LOST, EARLY]
+    early = f"{EARLY} (is cluster.time too short?)"
+    assert failures(start(4, None)) == [early]
+    assert failures(last := start(5, None)) == [LOST, early]
+    spec = {"wanted": {}, "cluster": config(max_restarts=1).model_dump(mode="json"), "proof": "p", "paths": {}}
+    assert refusal(spec, [], last) == (2, (
+        f"2 starts in a row of this job ended before the run could go on, the last because {LOST}; it is not begun "
+        "again (cluster.max_restarts)"
+    ))  # fmt: skip
+    assert refusal({**spec, "cluster": config(max_restarts=2).model_dump(mode="json")}, [], last) == (0, "")
+    (tmp_path / "start-4" / BEGUN).touch()
+    assert failures(last) == []
+    assert refusal({**spec, "cluster": config(max_restarts=0).model_dump(mode="json")}, [], last) == (0, "")
+    assert failures(start(6, LEFT)) == [LOST]  # of start 5
 
 
 def test_what_a_run_comes_to():

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from tiny import recipe_for, write_recipe
 
+from ftlaunch.cluster.restarts import EARLY, LEFT, LEFT_EARLY
 from ftlaunch.distributed.run_directory import Process, RunDirectory
 from ftlaunch.launcher import cli, job_state, submissions
 from ftlaunch.launcher.handover import pack, unpack
 from ftlaunch.launcher.log_copy import LogCopy
 from ftlaunch.launcher.plan import default_keys
-from ftlaunch.launcher.restarted import answer_before
+from ftlaunch.launcher.restarted import LOST, answer_before, earlier_of, why_again
 from ftlaunch.launcher.submit import need_of
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.load import load_recipe
@@ -49,15 +50,37 @@ def test_attempts_of_a_job_that_was_ended_are_over_when_it_starts_again(tmp_path
     record = {"job": "7", "cluster": {"type": "slurm"}, "ends_first": True}
     submissions.expect(run, record)
     elsewhere = run.claim_attempt(world_size=1, command=(), process=Process("another-host", 1, 0.0))
-    assert answer_before(run, "7") is None
-    assert run.live_attempt() is not None  # somebody else's
+    assert earlier_of(run, "7") is None  # it has not begun; what lives is somebody else's
     run.finish_attempt(elsewhere, "finished")
     submissions.register(run, record)
     run.claim_attempt(world_size=1, command=(), process=Process("n1", 1, 0.0))
-    assert answer_before(run, "7") is None
+    assert answer_before(run, earlier_of(run, "7")) is None
     assert run.live_attempt() is None
+    assert earlier_of(run, "8") is None
     submissions.finish(run, submissions.newest(run).name, 0)
-    assert answer_before(run, "7") == 0
+    assert answer_before(run, earlier_of(run, "7")) == 0
+
+
+def test_why_a_cluster_has_started_a_driver_again(tmp_path):
+    """On the run's budget, unless it was asked to leave. A driver that has begun is not over because of an earlier
+    one."""
+    run, record = RunDirectory(str(tmp_path / "bot")), {"job": "7", "cluster": {"type": "kubernetes"}}
+    name = submissions.register(run, record)
+    assert why_again(earlier_of(run, "7")) == LOST
+    for code, why in ((LEFT, ""), (LEFT_EARLY, EARLY)):
+        submissions.leave(run, name, code)
+        assert why_again(earlier_of(run, "7")) == why
+    assert submissions.register(run, record) == name
+    assert why_again(earlier_of(run, "7")) == LOST
+    for code, why in ((2, "its driver ended with exit code 2"), (130, "")):
+        submissions.finish(run, name, code)
+        assert (why_again(earlier_of(run, "7")), answer_before(run, earlier_of(run, "7"))) == (why, None)
+    began_at = submissions.newest(run).record["began_at"]
+    assert submissions.register(run, record) == name
+    assert submissions.newest(run).exit_code is None
+    assert submissions.newest(run).record["began_at"] == began_at
+    submissions.finish(run, name, 0)
+    assert submissions.newest(run).exit_code == 0
 
 
 def test_a_job_that_ended_without_a_word_is_over(tmp_path, monkeypatch):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from ftlaunch.cluster.base import Demand
 from ftlaunch.cluster.restarts import AGAIN
 from ftlaunch.distributed.again import Flags
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import start, supervisor
 from ftlaunch.launcher.budget import read_failures
+from ftlaunch.launcher.cli import guarded
 from ftlaunch.launcher.control import Ending
+from ftlaunch.launcher.drive import LOG, Driven
+from ftlaunch.launcher.handover import pack
 from ftlaunch.launcher.keep import Beginning
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.load import LoadedRecipe, load_recipe
@@ -71,3 +77,28 @@ def test_ray_that_ends_is_begun_anew_by_who_looks_after_the_driver(loaded, monke
     assert [one.kind for one in read_failures(run_of(loaded))] == ["cluster"]  # once
     with pytest.raises(supervisor.ClusterLost):
         drive(loaded, Beginning("two"), monkeypatch, lost)
+
+
+def test_a_job_that_its_cluster_starts_again_is_on_the_runs_own_budget(loaded, tmp_path, monkeypatch):
+    """As KubeRay does, in other pods each time, and oftener than the budget has it: there are no two counts."""
+    trained: list[str] = []
+
+    def supervise(*_: object) -> Ending:
+        trained.append("once")
+        return Ending("failed", "the network failed", 2)
+
+    monkeypatch.setattr(supervisor, "supervise", supervise)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    demand = Demand(nodes=1, ranks=1, uses_gpus=False, cpus_per_rank=1)
+    job = {"loaded": pack(loaded), "flags": asdict(Flags()), "command": ["ftlaunch"], "demand": asdict(demand),
+           "columns": 200, "record": {"job": "7", "cluster": {"type": "kubernetes"}}}  # fmt: skip
+    limit = loaded.recipe.cluster.max_restarts
+    for number in range(3 * limit):
+        pod = tmp_path / f"pod-{number}"
+        pod.mkdir()
+        (pod / LOG).touch()
+        driven = Driven(pod, job, Beginning("7", is_kept=True))
+        assert driven.close(guarded(lambda driven=driven: driven.run("10.0.0.1:6379"))) == 2
+    assert len(trained) == 1 + limit
+    found = read_failures(run_of(loaded))
+    assert {(one.launch, one.says) for one in found} == {("7", "its driver ended with exit code 2")}
