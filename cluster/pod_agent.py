@@ -328,11 +328,15 @@ def _put(path: Path, text: str) -> None:
 
 def as_init(work: Any) -> int:
     """Be a container's first process: pass signals on to `work`, and reap what others leave behind."""
+    passed_on = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is somebody to pass them on to
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         return int(work())
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in passed_on:
         signal.signal(number, lambda caught, _frame: os.kill(child, caught))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     while True:
         pid, status = os.wait()
         if pid == child:

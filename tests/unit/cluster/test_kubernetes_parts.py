@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from kube_api import complaints, crd_folder
 
@@ -282,17 +283,26 @@ def test_the_entrypoint_asks_waits_and_passes_on(tmp_path):
 
 def test_a_first_process_reaps_and_passes_signals_on(tmp_path):
     code = (
-        "import os, signal, time\n"
+        "import ctypes, os, signal, time\n"
+        "ctypes.CDLL(None).prctl(36, 1)\n"  # PR_SET_CHILD_SUBREAPER: orphans come to it, as to a container's first
         "def work():\n"
-        "    if os.fork() == 0:\n"
-        "        os._exit(0)\n"  # a child that nobody waits for
         "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    if (parent := os.fork()) == 0:\n"
+        "        if (orphan := os.fork()) == 0:\n"
+        "            os._exit(0)\n"
+        "        print(orphan, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(parent, 0)\n"
+        "    while True:\n"
+        "        time.sleep(60)\n"
         "code = module.as_init(work)\n"
         "sys.exit(code)\n"
     )
     running = agent(tmp_path, code)
-    assert running.stdout.readline() == "ready\n"
+    orphan = int(running.stdout.readline())
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(orphan):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     running.send_signal(signal.SIGTERM)
     assert running.wait(30) == 7

@@ -21,10 +21,8 @@ from ftlaunch.cluster.slurm_queue import Commands, Standing, parse_partitions, p
 from ftlaunch.cluster.slurm_script import Script, directive, output_pattern
 from ftlaunch.cluster.slurm_shell import JOB_SH, KILLED
 from ftlaunch.recipes.errors import InfrastructureError, Interrupted, UserError
-from ftlaunch.recipes.load import load_recipe
 from ftlaunch.recipes.schema_cluster import SlurmCluster
 
-NEEDED = "name: a\nmodel: {path: m}\ndata: {train: [{path: rows.jsonl}]}\n"
 HOSTILE = """it's "so"; $(touch pwned) `id` & \\ # x"""
 
 
@@ -34,34 +32,6 @@ def config(**changes: Any) -> SlurmCluster:
 
 def script(**changes: Any) -> str:
     return Script(config(**changes), "bot", "/w/.ftlaunch-job-1", "/py/bin/python", shared=("/w",)).text()
-
-
-# --- the section ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("section", "says"),
-    [
-        ('{type: slurm, partition: "a\\nb"}', "cluster.partition"),
-        ("{type: slurm, time: soon}", "cluster.time"),
-        ("{type: slurm, memory: lots}", "cluster.memory"),
-        ("{type: slurm, options: [nice]}", "cluster.options.0"),
-        (
-            "{type: slurm, options: ['--nice=1', '--partition=x']}",
-            "cluster.options.1: --partition has a key of its own",
-        ),
-        ("{type: slurm, options: ['--output=x']}", "cluster.options.0: --output is ftlaunch's own to choose"),
-        ("{type: slurm, leave_before_s: 0}", "cluster.leave_before_s"),
-        ("{type: slurm, container: {runtime: docker, image: x}}", "cluster.container.runtime"),
-        ("{type: slurm, partitions: x}", "cluster.partitions: unknown key"),
-    ],
-)
-def test_mistakes_in_the_section(section, says, tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text(f"{NEEDED}cluster: {section}\n")
-    with pytest.raises(UserError) as caught:
-        load_recipe(path, environ={})
-    assert says in str(caught.value)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

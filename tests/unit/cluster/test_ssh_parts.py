@@ -19,12 +19,9 @@ from ftlaunch.cluster.ssh_connection import Connection, HostError, explain, ssh_
 from ftlaunch.cluster.ssh_hosts import hosts_of, node_count
 from ftlaunch.cluster.ssh_job import JobPlan, Node, travelling, unset
 from ftlaunch.cluster.table import CLUSTERS, SUBMITTED_CLUSTERS
-from ftlaunch.recipes.errors import KeyedError, UserError
-from ftlaunch.recipes.load import parse_recipe_text
+from ftlaunch.recipes.errors import KeyedError
 from ftlaunch.recipes.schema import Recipe
 from ftlaunch.recipes.schema_cluster import SshCluster
-
-NEEDED = "name: a\nmodel: {path: m}\ndata: {train: [{path: rows.jsonl}]}\n"
 
 
 def cluster(**changes: object) -> SshCluster:
@@ -36,30 +33,6 @@ def test_every_type_of_the_schema_is_in_one_table():
     assert set(CLUSTERS) | set(SUBMITTED_CLUSTERS) == types
     assert not set(CLUSTERS) & set(SUBMITTED_CLUSTERS)
     assert set(Recipe.model_json_schema()["properties"]["cluster"]["discriminator"]["mapping"]) == types
-
-
-@pytest.mark.parametrize(
-    ("section", "says"),
-    [
-        ("{type: ssh}", "cluster.hosts: missing: which hosts to run on; list the hosts, or name a file"),
-        ("{type: ssh, hosts: [a], hostfile: b}", "cluster.hosts: given along with hostfile"),
-        ("{type: ssh, hosts: [a, b, a]}", "cluster.hosts: a is named more than once"),
-        ("{type: ssh, hosts: [-oProxyCommand=id]}", "cluster.hosts.0"),
-        ("{type: ssh, hosts: ['a;id']}", "cluster.hosts.0"),
-        ("{type: ssh, hosts: [a], user: '-l'}", "cluster.user"),
-        ("{type: ssh, hosts: [a], python: -c}", "cluster.python"),
-        ("{type: ssh, hosts: [a], slots: 8}", "cluster.slots: unknown key"),
-    ],
-)
-def test_mistakes_in_the_section(section, says, tmp_path):
-    from ftlaunch.recipes.load import load_recipe
-
-    path = tmp_path / "a.yaml"
-    path.write_text(f"{NEEDED}cluster: {section}\n")
-    with pytest.raises(UserError) as caught:
-        load_recipe(path, environ={})
-    assert says in str(caught.value)
-    assert parse_recipe_text(NEEDED).cluster.type == "local"
 
 
 def test_a_hostfile(tmp_path):

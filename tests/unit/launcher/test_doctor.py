@@ -274,26 +274,34 @@ def test_pairs_that_have_not_had_their_turn_in_time_are_left_out():
 
 
 def test_a_node_that_was_slow_for_a_moment_is_not_unfit():
-    """A disturbed first look at c's links and its arithmetic; and d, which stays slow."""
+    """A disturbed first look at c's links and its arithmetic; and d, which stays slow. How fast this machine is just
+    now is no part of it."""
 
     asked: Counter[tuple[str, str]] = Counter()
 
     class Disturbed(Here):
         def ask(self, node: str, probe: str, **question: Any) -> Any:
             asked[node, probe] += 1
-            answer = super().ask(node, probe, **question)
             first = asked[node, probe] <= (3 if probe == "send" else 1)
-            if probe == "send" and (node == "d" or (node == "c" and first)):
-                return {**answer, "bytes_per_s": 1.0}
-            if probe == "compute" and node == "c" and first:
-                return {"cpu": {**answer["cpu"], "gflops": 1e-3}}
-            return answer
+            match probe:
+                case "sink":
+                    return {"port": 1}
+                case "send":
+                    slow = node == "d" or (node == "c" and first)
+                    return {"bytes_per_s": 1.0 if slow else 1e9, "round_trip_s": 1e-4}
+                case "compute":
+                    speed = 1e-3 if node == "c" and first else 50.0
+                    cpu = {"gflops": speed, "exact": True, "memory_kept": True, "memory_bytes": 1 << 28}
+                    return {"cpu": cpu}
+            return {**super().ask(node, probe, **question), "free_bytes": {"": 1 << 40}, "kernel": None}
 
     measured = examine(Disturbed("a", "b", "c", "d"), Wanted(gpus=False), print)
     bad = unfit(judge(measured))
     assert set(bad) == {"gone", "d"}
     assert "best link" in bad["d"][0]
-    assert measured["c"].compute is not None and measured["c"].compute["cpu"]["exact"]
+    assert measured["c"].compute is not None
+    assert measured["c"].compute["cpu"]["gflops"] == 50.0
+    assert (asked["c", "compute"], asked["a", "compute"]) == (2, 1)
 
 
 def test_what_is_looked_at_follows_from_the_recipe():
