@@ -109,7 +109,8 @@ Stop = Literal["save", "now"]
 Record = Mapping[str, Any]
 """Of a submission, as JSON without secrets: with it any machine that reaches the cluster can find it again. `job`, its
 name there; `driver`, where that runs; `cluster`, the section it was submitted to; `ends_first`, whether all of a job
-has ended when the cluster starts it again; the rest is the cluster's own. The driver keeps it in the run directory."""
+has ended when the cluster starts it again; `replaces`, whether it can have other nodes then; the rest is the cluster's
+own. The driver keeps it in the run directory."""
 
 
 class SubmittedCluster(Protocol):

@@ -14,6 +14,12 @@ LEFT, LEFT_EARLY = 76, 77
 """Exit codes of a driver that was asked to leave its nodes (by SIGUSR1), and has: the run goes on when it gets nodes
 again. The second: before there was a newer checkpoint."""
 
+ELSEWHERE = 79
+"""Exit code of a driver that has found nodes unfit and asks for others in their place; it names them in UNFIT."""
+
+UNFIT = "unfit"
+"""File in its job's folder with the addresses of unfit nodes, a line each."""
+
 EARLY = "its nodes were wanted back before there was a newer checkpoint"
 """Why a run that left so is on its budget when it begins again."""
 

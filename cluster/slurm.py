@@ -135,6 +135,7 @@ class Slurm:
             "job": name,
             "driver": "",
             "ends_first": True,
+            "replaces": self._config.requeue and name is None,
             "cluster": self._config.model_dump(mode="json"),
             "folder": str(self._folder),
             "submitted_at": self._submitted_s,

@@ -23,7 +23,7 @@ from typing import Any
 
 from .host_agent import JOB, end_processes, forget, put, scratch
 from .host_keeper import Keeper
-from .restarts import BEGUN, EARLY, LEFT, LEFT_EARLY
+from .restarts import BEGUN, EARLY, ELSEWHERE, LEFT, LEFT_EARLY, UNFIT
 from .slurm_checks import Said, addresses, demand_of, lacking, problems
 
 FILES_S = 60.0
@@ -117,6 +117,8 @@ class _Node:
     def __init__(self, job: Path, start: Path, name: str, number: int) -> None:
         self._job, self._start, self._name, self._number = job, start, name, number
         self._folder = scratch() / name
+        self._names: dict[str, str] = {}
+        """Slurm's names of the nodes, by their addresses."""
 
     def keep(self, spec: Mapping[str, Any], nodes: Sequence[Said]) -> int:
         """Until it is over; the exit code."""
@@ -138,6 +140,7 @@ class _Node:
         from .ssh_job import JobPlan, Node
 
         ways = addresses(nodes)
+        self._names = {address: name for name, address in ways.items()}
         plan = JobPlan(
             job=self._name,
             nodes=tuple(
@@ -171,6 +174,9 @@ class _Node:
             if not keeper.asked:
                 _say(f"error: {why}; the driver did not come to its end")
                 return 1
+        if code == ELSEWHERE:
+            unfit = (self._folder / UNFIT).read_text().split()
+            put(self._start / UNFIT, ",".join(self._names[address] for address in unfit))
         put(self._start / CODE, str(outcome(code, keeper.asked)))
         return 0
 
@@ -196,7 +202,7 @@ def outcome(code: int, asked: str) -> int:
         return code if code == LEFT else LEFT_EARLY
     if asked:
         return INTERRUPTED
-    return code if code in (FAILED, INTERRUPTED) else FAILED
+    return code if code in (FAILED, INTERRUPTED, ELSEWHERE) else FAILED
 
 
 class JobKeeper(Keeper):

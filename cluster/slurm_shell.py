@@ -7,12 +7,13 @@ It runs on the first node, outside of any container, so it is bash. It has two s
     JOB/start-N/code       how the run ended; without it the start ended without a word
     JOB/start-N/lost       a node did not come to its end
     JOB/start-N/begun      the run had begun
+    JOB/start-N/unfit      nodes that are not to be in the next start, separated by commas
     JOB/exit               the exit code, once the job is over for good
 """
 
 from __future__ import annotations
 
-from .restarts import LEFT, LEFT_EARLY
+from .restarts import LEFT, LEFT_EARLY, UNFIT
 
 KILLED = 137
 """As a shell has it for what SIGKILL ended."""
@@ -108,9 +109,36 @@ run_job() {{
   go_on_or_end
 }}
 
+# All nodes that the job is to be without: those that it was without before, and those that are unfit.
+without() {{
+  local before
+  before=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%x)
+  if [[ -n $before && $before != "(null)" ]]; then printf %s, "$before"; fi
+  cat "$START/{UNFIT}"
+}}
+
+# Whether the partition has nodes enough besides: a job that asks for more than there are would wait for ever.
+others_suffice() {{
+  local up
+  up=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t' |
+    grep -Ev ' .*(down|drain|drng|fail|maint|[*])' | cut -d' ' -f1 | sort -u)
+  (( $(comm -23 <(echo "$up") <(scontrol show hostnames "$(without)" | sort -u) | grep -c .) >= NODES ))
+}}
+
+# Only of a job that waits can this be changed.
+exclude() {{
+  if [[ -e "$START/{UNFIT}" ]]; then scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(without)"; fi
+}}
+
 # Slurm may send SIGTERM, to everything that the job runs, before its command has said that all is well.
 requeued() {{
-  (trap '' TERM; exec scontrol requeue "$SLURM_JOB_ID") || [[ $TERMED == yes ]]
+  (
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID"
+    CODE=$?
+    exclude
+    exit "$CODE"
+  ) || [[ $TERMED == yes ]]
 }}
 
 go_on_or_end() {{
@@ -125,8 +153,13 @@ go_on_or_end() {{
     trap - EXIT
     exit "$CODE"
   fi
+  if [[ -e "$START/{UNFIT}" ]] && ! others_suffice; then
+    echo "error: partition $SLURM_JOB_PARTITION has too few nodes besides $(cat "$START/{UNFIT}")" >&2
+    ended 2
+  fi
   if [[ $REQUEUE == yes ]] && requeued; then
     echo "the job goes back into the queue, and on from its newest checkpoint"
+    if [[ -e "$START/{UNFIT}" ]]; then echo "it is not to have $(cat "$START/{UNFIT}") again"; fi
     trap - EXIT
     exit 0
   fi

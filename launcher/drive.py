@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..cluster.base import Demand
 from ..cluster.joined import Joined
-from ..cluster.restarts import AGAIN, BEGUN, LEFT, LEFT_EARLY, SPOKE
+from ..cluster.restarts import AGAIN, BEGUN, ELSEWHERE, LEFT, LEFT_EARLY, SPOKE, UNFIT
 from ..distributed.again import Flags
 from ..distributed.checkpoint.commit import latest_resumable
 from ..distributed.run_directory import RunDirectory
@@ -43,7 +43,10 @@ def main() -> int:
     file, address, *kept = Path(sys.argv[1]), *sys.argv[2:]
     job = json.loads(file.read_text())
     again = kept[1] if len(kept) > 1 else None
-    driven = Driven(file.parent, job, Beginning(job["record"]["job"], again, is_kept=bool(kept)))
+    beginning = Beginning(job["record"]["job"], again, is_kept=bool(kept))
+    if job["record"].get("replaces"):
+        beginning = replace(beginning, give_back=lambda unfit: file.with_name(UNFIT).write_text("\n".join(unfit)))
+    driven = Driven(file.parent, job, beginning)
     signal.signal(signal.SIGUSR1, driven.leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # whoever started this may have held it back
     code = driven.close(guarded(lambda: driven.run(address)))
@@ -118,6 +121,9 @@ class Driven:
         if self._copy:
             self._copy.close()
         if code == AGAIN:
+            return code
+        if code == ELSEWHERE and self._run:
+            submissions.leave(self._run, self._name, code)
             return code
         if self._leaves and code == Interrupted.exit_code:
             return self._left()

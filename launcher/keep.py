@@ -12,7 +12,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -28,11 +28,13 @@ PR_SET_PDEATHSIG = 1
 @dataclass(frozen=True)
 class Beginning:
     """How a driver was started. `launch`: the command that it is part of. `again`: None for the first one, else why the
-    one before ended; empty: that one has written it down itself. `is_kept`: somebody would start it again."""
+    one before ended; empty: that one has written it down itself. `is_kept`: somebody would start it again. `give_back`:
+    takes the addresses of nodes that are not fit, so that it is started again on others; None: no others can be had."""
 
     launch: str
     again: str | None = None
     is_kept: bool = False
+    give_back: Callable[[Sequence[str]], object] | None = None
 
 
 def new_launch() -> str:

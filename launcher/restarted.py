@@ -42,7 +42,7 @@ def answer_before(run: RunDirectory, earlier: Submission) -> int | None:
 
 def why_again(earlier: Submission) -> str:
     """Why an earlier driver is followed by another one, on the run's budget; empty: at no cost to it, for that one was
-    asked to leave."""
+    asked to leave, or has counted it itself."""
     if (left_with := earlier.record.get(submissions.LEFT_WITH)) is not None:
         return EARLY if left_with == LEFT_EARLY else ""
     if earlier.exit_code == Interrupted.exit_code:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..cluster.restarts import AGAIN
+from ..cluster.restarts import AGAIN, ELSEWHERE
 from ..cluster.table import is_submitted
 from ..distributed.again import Flags
 from ..distributed.checkpoint.layout import open_folder
@@ -80,7 +80,7 @@ def run_on(
     begun: Callable[[RunDirectory], None] = lambda _run: None,
 ) -> int:
     """Decide, and train on the nodes that `find` finds; `begun` is told of a run that will train. Returns the exit
-    code; AGAIN asks to be started again."""
+    code; AGAIN asks to be started again, ELSEWHERE on other nodes."""
     run = run_of(loaded)
     takes_over = beginning.again is not None
     if takes_over:
@@ -133,6 +133,7 @@ def _preflight(loaded: LoadedRecipe, run: RunDirectory) -> list[str]:
 def _train(
     loaded: LoadedRecipe, run: RunDirectory, find: Callable[[], Nodes], console: Console, beginning: Beginning
 ) -> int:
+    from .doctor.preflight import UnfitNodes
     from .supervisor import ClusterLost, supervise
 
     try:
@@ -144,6 +145,12 @@ def _train(
             raise
         _spend(run, loaded, beginning, Failure("cluster", "again", str(error)), console)
         return AGAIN
+    except UnfitNodes as error:
+        if beginning.give_back is None:
+            raise
+        _spend(run, loaded, beginning, Failure("unfit", "elsewhere", error.says), console)
+        beginning.give_back(error.addresses)
+        return ELSEWHERE
     if ending.outcome == "failed" and (attempts := run.attempts()):
         # Rank 0 may have been ended before it could say so; if it has, its word stays.
         run.finish_attempt(attempts[-1].number, "failed", ending.message)

@@ -66,7 +66,7 @@ def _keep(run: RunDirectory, name: str, record: Record) -> str:
 
 
 def leave(run: RunDirectory, name: str, code: int) -> None:
-    """The driver has left its nodes, with LEFT or LEFT_EARLY (`cluster/restarts.py`), and is to begin again."""
+    """The driver has left its nodes, with LEFT, LEFT_EARLY or ELSEWHERE (`cluster/restarts.py`), to begin again."""
     _keep(run, name, {**_read(run, f"{name}.json"), LEFT_WITH: code})
 
 

@@ -112,7 +112,7 @@ class SlurmCluster(Cluster):
     """Ranks per node where there are no GPUs; None: 1."""
     doctor: bool = True
     """Measure the nodes before a run on more than one, as `ftlaunch doctor` does elsewhere; where one is unfit the job
-    fails and names it, for `options: [--exclude=NODE]`."""
+    goes back into the queue, to have another one in its place."""
     partition: OneLine | None = None
     """Partition, or several with commas; None: the site's default, as for the options that follow."""
     account: OneLine | None = None

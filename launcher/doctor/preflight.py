@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -48,10 +48,19 @@ def with_fit_hosts(loaded: LoadedRecipe, environ: Mapping[str, str], say: Say) -
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"cluster": changed}))
 
 
+class UnfitNodes(InfrastructureError):
+    """Too few nodes are fit. `says`: what is wrong with the others; `addresses`: theirs."""
+
+    def __init__(self, bad: Mapping[str, list[str]], addresses: Sequence[str], remedy: str) -> None:
+        self.says = unfit_text(bad)
+        self.addresses = addresses
+        super().__init__(f"{self.says}\n{remedy}")
+
+
 @contextmanager
 def on_fit_nodes(loaded: LoadedRecipe, demand: Demand, say: Say) -> Iterator[None]:
-    """While this lasts, ranks are placed on fit nodes of the Ray cluster that we are connected to. Raises
-    InfrastructureError where there are too few."""
+    """While this lasts, ranks are placed on fit nodes of the Ray cluster that we are connected to. Raises UnfitNodes
+    where there are too few."""
     config = loaded.recipe.cluster
     with ExitStack() as holds:
         if getattr(config, "doctor", False) and config.type not in LOOKED_AT and demand.nodes > 1:
@@ -63,10 +72,11 @@ def on_fit_nodes(loaded: LoadedRecipe, demand: Demand, say: Say) -> Iterator[Non
             fit = [resources for node, resources in prober.resources.items() if node not in bad]
             enough = nodes_for_ranks(fit, 1 if demand.uses_gpus else 0)
             if len(enough) < (needed := demand.needed_nodes):
-                raise InfrastructureError(
-                    f"{unfit_text(bad)}\n{needed} nodes are asked for, and {len(enough)} are fit. Mend them, or "
-                    f"ask for fewer (--nodes {max(1, len(enough))}); cluster.doctor=false goes without this look."
-                )
+                raise UnfitNodes(
+                    bad, [prober.addresses[node] for node in bad],
+                    f"{needed} nodes are asked for, and {len(enough)} are fit. Mend them, or ask for fewer "
+                    f"(--nodes {max(1, len(enough))}); cluster.doctor=false goes without this look.",
+                )  # fmt: skip
             holds.enter_context(held(prober, list(bad)))
         yield
 

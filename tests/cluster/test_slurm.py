@@ -230,6 +230,28 @@ def test_a_time_limit_a_preemption_and_a_lost_node_change_nothing(slurm, work):
     assert json.loads(ended.read_text())["exit_code"] == 0
 
 
+def test_an_unfit_node_is_replaced_by_another(slurm, work):
+    """Its disk is full: the job that has it goes back into the queue, and runs without it."""
+    directory = prepare(work, "unfit", slurm.cluster(nodes=RANKS, env=ENV, doctor=True), 3)
+    scratch = slurm.hosts.scratch
+    slurm.hosts.shell("n2", f"mount -t tmpfs -o size=512m none {scratch}")
+    try:
+        code, said = run(ftlaunch("unfit.yaml"), work, slurm.environ)
+    finally:
+        slurm.hosts.shell("n2", f"umount -l {scratch}")
+    assert code == 0, said
+    assert "node n2 is unfit: " in said
+    assert "free at the temporary folder; it is started again" in said
+    assert "it is not to have n2 again" in said
+    job = record(directory)["job"]
+    assert "ExcNodeList=n2 " in slurm.run("scontrol", "--oneliner", "show", "job", job)
+    assert re.search(rf"job {job} runs on n\[1,3\]", said), said
+    [failure] = [json.loads(path.read_text()) for path in (directory / "failures").iterdir()]
+    assert (failure["kind"], failure["counts"]) == ("unfit", True)
+    assert [line["attempt"] for line in read_run(directory).steps] == [1, 1, 1]
+    assert slurm.left() == {}
+
+
 def test_a_detached_run_is_stopped_saves_and_goes_on(slurm, work):
     secret = {"FT_SECRET": "s3cret-value"}
     directory = prepare(work, "quiet", slurm.cluster(nodes=RANKS, env=[*ENV, "FT_*"]), 400)

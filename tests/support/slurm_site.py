@@ -151,7 +151,7 @@ def write_conf(site: Site, names: Sequence[str]) -> None:
     """For hosts that are numbered as `Hosts.add` does."""
     subnet = site.hosts.subnet
     nodes = [
-        f"NodeName={name} NodeAddr={subnet}.{number} CPUs={CORES} RealMemory=4000 State=UNKNOWN"
+        f"NodeName={name} NodeAddr={subnet}.{number} CPUs={CORES} RealMemory=4000 Weight={number} State=UNKNOWN"
         for number, name in enumerate(names, 1)
     ]
     text = CONF.format(

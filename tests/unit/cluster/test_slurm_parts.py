@@ -13,7 +13,7 @@ import pytest
 
 from ftlaunch.cluster import slurm, slurm_files
 from ftlaunch.cluster.base import Driver, Need
-from ftlaunch.cluster.restarts import BEGUN, EARLY, LEFT, LEFT_EARLY
+from ftlaunch.cluster.restarts import BEGUN, EARLY, ELSEWHERE, LEFT, LEFT_EARLY
 from ftlaunch.cluster.slurm import Slurm, overruling
 from ftlaunch.cluster.slurm_checks import addresses, demand_of, lacking, problems
 from ftlaunch.cluster.slurm_keep import LOST, failures, outcome, refusal, why_again
@@ -140,16 +140,23 @@ srun() {{ while [[ $1 != bash ]]; do shift; done; fake_$7; }}
 fake_look() {{ return {look}; }}
 fake_keep() {{ {keep}; }}
 scontrol() {{ echo "scontrol $*"; {scontrol}; }}
+squeue() {{ echo "{excluded}"; }}
+sinfo() {{ printf '%s\n' {nodes}; }}
 """
 
 
-def run_shell(folder: Path, keep: str, *, look: int = 0, scontrol: str = "return 0", requeue: str = "yes") -> Any:
-    """`job.sh` with steps that are functions. `exec` of a function is not possible, so it is left out."""
+def run_shell(folder: Path, keep: str, *, look: int = 0, requeue: str = "yes", **fakes: str) -> Any:
+    """`job.sh` with steps and Slurm's commands that are functions. `exec` of a function is not possible, so it is left
+    out."""
     (folder / "token").touch()
-    text = JOB_SH.replace('exec "${STEP[@]}"', '"${STEP[@]}"').replace("exec scontrol", "scontrol")
-    fakes = FAKES.format(look=look, keep=keep, scontrol=scontrol)
-    head = f"JOB={shlex.quote(str(folder))}; REQUEUE={requeue}; STEP=(srun); INSIDE=(); PYTHON=python; SLURM_JOB_ID=7\n"
-    done = subprocess.run(["bash", "-c", f"{head}{text}{fakes}run_job"], capture_output=True, text=True, check=False)
+    text = JOB_SH.replace('exec "${STEP[@]}"', '"${STEP[@]}"')
+    usual = {"scontrol": "return 0", "excluded": "", "nodes": ""}
+    made = FAKES.format(look=look, keep=keep, **{**usual, **fakes})
+    head = (
+        f"JOB={shlex.quote(str(folder))}; REQUEUE={requeue}; STEP=(srun); INSIDE=(); PYTHON=python; NODES=2\n"
+        "SLURM_JOB_ID=7; SLURM_JOB_PARTITION=gpu\n"
+    )
+    done = subprocess.run(["bash", "-c", f"{head}{text}{made}run_job"], capture_output=True, text=True, check=False)
     exit_file = folder / "exit"
     return done.returncode, exit_file.read_text() if exit_file.exists() else None, done.stdout + done.stderr
 
@@ -194,6 +201,22 @@ def test_a_requeue_that_ends_the_job_before_it_answers_is_one(tmp_path):
     assert (code, left) == (0, None)
     assert "the job goes back into the queue" in said
     assert (tmp_path / "token").exists()
+
+
+HOSTNAMES = 'if [[ "$1 $2" == "show hostnames" ]]; then tr , "\\n" <<< "$3"; fi'
+UP = "'n1 mix' 'n2 mix' 'n3 idle~' 'n4 down*' 'n5 drain' 'n7 idle'"
+
+
+def test_unfit_nodes_are_excluded_where_there_are_others(tmp_path):
+    unfit = f'echo {ELSEWHERE} > "$START/code"; printf n2 > "$START/unfit"'
+    code, left, said = run_shell(tmp_path, unfit, scontrol=HOSTNAMES, nodes=UP, excluded="n7")
+    assert (code, left) == (0, None)
+    assert said.index("scontrol requeue 7") < said.index("scontrol update JobId=7 ExcNodeList=n7,n2\n")
+    assert "it is not to have n2 again" in said
+    code, left, said = run_shell(tmp_path, unfit, scontrol=HOSTNAMES, nodes="'n1 idle' 'n2 idle' 'n4 down*'")
+    assert (code, left) == (2, "2")
+    assert "partition gpu has too few nodes besides n2" in said
+    assert "requeue" not in said
 
 
 def test_a_job_that_slurm_ends_is_left_to_slurm(tmp_path):
@@ -259,6 +282,7 @@ def test_starts_that_end_before_the_run_begins_are_counted_by_the_job(tmp_path):
 
 def test_what_a_run_comes_to():
     assert [outcome(code, "") for code in (0, 1, 2, 130, 137, 143)] == [0, 1, 2, 130, 2, 2]
+    assert outcome(ELSEWHERE, "") == ELSEWHERE
     early = LEFT_EARLY
     assert [outcome(code, "leave") for code in (0, 1, 2, LEFT, early, 130, 137)] == [
         0,
