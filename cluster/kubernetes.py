@@ -18,7 +18,7 @@ from . import kubernetes_checks
 from .base import CodeFolder, Demand, Driver, Need, Record, Stop
 from .kubernetes_api import Api, ApiError, Gone, Object, connect
 from .kubernetes_follow import Follower
-from .kubernetes_job import SECRET_BYTES, Job, as_yaml, secret_content
+from .kubernetes_job import QUEUE, SECRET_BYTES, Job, as_yaml, secret_content
 from .kubernetes_look import Place, selector_of, standing
 from .ssh_facts import requirements
 from .ssh_job import travelling, unset
@@ -110,7 +110,7 @@ class Kubernetes:
         """The RayJob first, for what belongs to it goes when it does; it starts nothing before it is released."""
         rayjob = job.rayjob()
         released = rayjob["spec"]["suspend"]
-        queued = {name: rayjob["metadata"]["labels"].pop(name) for name in [_QUEUE] if released}
+        queued = {name: rayjob["metadata"]["labels"].pop(name) for name in [QUEUE] if released}
         self._unreleased = True
         made = api.post(
             {**rayjob, "spec": {**rayjob["spec"], "suspend": True}}, *kubernetes_checks.rayjobs(api),
@@ -133,6 +133,7 @@ class Kubernetes:
             "driver": f"{api.namespace}/{job.name}",
             "cluster": config,
             "run": job.run,
+            "replaces": True,
             "submitted_at": time.time(),
         }
 
@@ -200,9 +201,6 @@ class Kubernetes:
             self._unreleased = False
             self._api.delete(*kubernetes_checks.rayjobs(self._api), self._job.name)
         self._api.close()
-
-
-_QUEUE = "kueue.x-k8s.io/queue-name"
 
 
 def _owned(manifest: Object, owner: Object) -> Object:

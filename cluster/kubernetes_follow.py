@@ -21,7 +21,8 @@ from .kubernetes_causes import Cause
 from .kubernetes_checks import rayjobs
 from .kubernetes_job import HEAD
 from .kubernetes_look import TERMINAL, Place, selector_of
-from .pod_agent import exit_mark
+from .kubernetes_replace import Replacement
+from .pod_agent import exit_mark, mark, unfit_mark
 from .restarts import LEFT, LEFT_EARLY
 
 TICK_S = 1.0
@@ -140,25 +141,37 @@ class PodLog:
 
 
 class Filter:
-    """Takes the driver's exit code out of the head's log."""
+    """Takes what is for us out of the head's log: the driver's exit code, which nodes are not fit."""
 
     def __init__(self, job: str) -> None:
-        self._mark = exit_mark(job).encode()
+        code, unfit = (re.escape(text.encode()) for text in (exit_mark(job), unfit_mark(job)))
+        self._line = re.compile(rb"(?:%s(?P<code>-?\d+)|%s(?P<unfit>\S+))\n" % (code, unfit))
+        self._mark = mark(job).encode()
         self._kept = b""
         self.code: int | None = None
+        self.unfit: tuple[str, ...] = ()
+        """Addresses of nodes that the driver has found unfit."""
 
     def feed(self, data: bytes) -> bytes:
         """What of it is to be shown now."""
-        text = self._kept + data
-        at = text.find(self._mark)
-        if at < 0:  # what may become the mark is held back
-            line = text.rfind(b"\n") + 1
-            at = line if self._mark.startswith(text[line:]) else len(text)
-        elif (found := re.match(rb"(-?\d+)\n", text[at + len(self._mark) :])) is not None:
-            self.code, self._kept = int(found[1]), b""
-            return text[:at]
+        shown, text, self._kept = b"", self._kept + data, b""
+        while self.code is None and (found := self._line.search(text)):
+            shown, text = shown + text[: found.start()], text[found.end() :]
+            self._take(found)
+        if self.code is not None:
+            return shown
+        line = text.rfind(b"\n") + 1
+        last = text[line:]
+        # What may become a mark is held back.
+        at = line if self._mark.startswith(last) or last.startswith(self._mark) else len(text)
         self._kept = text[at:]
-        return text[:at]
+        return shown + text[:at]
+
+    def _take(self, found: re.Match[bytes]) -> None:
+        if found["code"] is not None:
+            self.code = int(found["code"])
+        else:
+            self.unfit = tuple(found["unfit"].decode().split(","))
 
 
 @dataclass
@@ -187,6 +200,7 @@ class Follower:
         InfrastructureError for a job that is lost."""
         self._begun_s = self.clock()
         self._filter = Filter(self.place.job)
+        self._replacement = Replacement(self.api, self.place.name, self.write)
         space = ("api", "v1", "namespaces", self.api.namespace, "pods")
         selector = {"fieldSelector": f"metadata.name={self.place.name}"}
         self._rayjobs = Watched(self.api, rayjobs(self.api), selector, self._tell)
@@ -238,6 +252,7 @@ class Follower:
             return None if reading else self._gone()
         if (rayjob.get("status") or {}).get("jobDeploymentStatus") in TERMINAL and not reading:
             return self._over(rayjob, pods)
+        self._replacement.look(rayjob, pods, self._filter.unfit)
         self._say_what_is_missing(rayjob, pods)
         return None
 

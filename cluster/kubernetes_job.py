@@ -46,6 +46,7 @@ SECRET_BYTES = 1024 * 1024
 
 _NO_TEXT = re.compile(r"[-+.]?[0-9].*|y|yes|n|no|on|off|true|false|null|~|", re.IGNORECASE)
 
+QUEUE = "kueue.x-k8s.io/queue-name"
 GANG_QUEUES = {
     "volcano": "volcano.sh/queue-name",
     "yunikorn": "yunikorn.apache.org/queue",
@@ -122,7 +123,7 @@ class Job:
         config = self.config
         labels = {}
         if config.queue is not None:
-            labels["kueue.x-k8s.io/queue-name"] = config.queue
+            labels[QUEUE] = config.queue
         if config.gang_scheduler is not None:
             labels["ray.io/gang-scheduling-enabled"] = "true"
         if config.gang_scheduler in GANG_QUEUES and config.gang_queue is not None:

@@ -33,9 +33,12 @@ POLL_S = 0.2
 GONE_S = 5.0
 """Without an answer from the head's Ray while the pods are ending, after which it is taken for gone."""
 
-AGAIN, FAILED = 75, 2
-"""Exit codes: of a driver that asks to be started again (EX_TEMPFAIL of sysexits.h), and what a shell is told when it
-is not."""
+AGAIN, LEFT, ELSEWHERE, FAILED = 75, 76, 79, 2
+"""Exit codes: of a driver that asks to be started again (EX_TEMPFAIL of sysexits.h), has left its nodes, or asks for
+others (`restarts.py`); and what a shell is told of one that asks in vain."""
+
+REPLACE_S = 30.0
+"""For whoever follows the job to have unfit nodes replaced."""
 
 QUICK_S = 30.0
 MAX_QUICK = 3
@@ -60,9 +63,19 @@ sys.exit({function}())
 """A program of its own in an empty folder: Ray puts a driver's folder on its workers' path."""
 
 
+def mark(job: str) -> str:
+    """Begins a line of the head's log that is for whoever follows the job."""
+    return f"ftlaunch: job {job} "
+
+
 def exit_mark(job: str) -> str:
-    """What comes before the driver's exit code on the last line of the head's log."""
-    return f"ftlaunch: job {job} has ended with exit code "
+    """What comes before the driver's exit code on the last line."""
+    return f"{mark(job)}has ended with exit code "
+
+
+def unfit_mark(job: str) -> str:
+    """What comes before the addresses of unfit nodes, with commas."""
+    return f"{mark(job)}needs others in place of "
 
 
 class Node:
@@ -75,6 +88,8 @@ class Node:
         self._driver: subprocess.Popen[bytes] | None = None
         self._told = False
         self._quick, self._started_s = 0, 0.0
+        self._asked_s: float | None = None
+        """When other nodes were asked for."""
         self._shown = 0
         self._head: str | None = None
         """Address of the head's pod; its name is forgotten while it is still saving."""
@@ -162,16 +177,34 @@ class Node:
             if leaving and not self._told:
                 self._tell(self._driver)
         elif not (WORK / "exit").exists():
-            why = None if leaving else _why_again(code)
-            if why is not None and self._may_start_again():
-                self._driver = self._start_driver(why)
+            self._driver_ended(code, leaving=leaving)
+
+    def _driver_ended(self, code: int, *, leaving: bool) -> None:
+        why = None if leaving else _why_again(code)
+        if why is not None and self._may_start_again():
+            self._driver = self._start_driver(why)
+            return
+        if code == ELSEWHERE:
+            if not leaving and self._waits_for_others():
                 return
-            self._show_log()
-            code = FAILED if code == AGAIN else code if code >= 0 else 128 - code  # as shells have it for signals
-            if not _ends_line(WORK / "driver.log"):
-                print()
-            print(f"{exit_mark(self._spec['job'])}{code}", flush=True)
-            _put(WORK / "exit", str(code))
+            code = LEFT if leaving else FAILED
+        code = FAILED if code == AGAIN else code if code >= 0 else 128 - code  # as shells have it for signals
+        self._say(f"{exit_mark(self._spec['job'])}{code}")
+        _put(WORK / "exit", str(code))
+
+    def _waits_for_others(self) -> bool:
+        """For a while, in which whoever follows the job may have unfit nodes replaced."""
+        if self._asked_s is None:
+            self._asked_s = time.monotonic()
+            self._say(f"{unfit_mark(self._spec['job'])}{','.join((WORK / 'unfit').read_text().split())}")
+        return time.monotonic() - self._asked_s < REPLACE_S
+
+    def _say(self, mark: str) -> None:
+        """A line of its own, behind what the driver has printed."""
+        self._show_log()
+        if not _ends_line(WORK / "driver.log"):
+            print()
+        print(mark, flush=True)
 
     def _tell(self, driver: subprocess.Popen[bytes]) -> None:
         """To save and end; where the pod is wanted back and the job is not to end, it goes on elsewhere."""

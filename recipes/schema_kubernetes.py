@@ -59,8 +59,8 @@ class KubernetesCluster(Cluster):
     processes_per_node: PositiveInt | None = None
     """Ranks per pod where there are no GPUs; None: 1."""
     doctor: bool = True
-    """Measure the pods before a run on more than one, as `ftlaunch doctor` does elsewhere; unfit ones are named, and
-    the job fails, to be tried again in other pods."""
+    """Measure the pods before a run on more than one, as `ftlaunch doctor` does elsewhere; where a node is
+    unfit the job is started again on others."""
     cpus_per_node: PositiveInt | None = None
     """Cores that each pod requests, shared by its ranks; None: 8 for each GPU, 1 for each rank without."""
     memory: Quantity | None = None

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import kube_api
 import pytest
-from kube_api import Kube, Object, Refused, Served, kubeconfig_for
+from kube_api import Kube, Object, Refused, Served, complaints, kubeconfig_for
 from kube_api import kube_api as kube_server
 from tiny import recipe_for, write_recipe
 
 from ftlaunch.cluster import kubernetes_follow
 from ftlaunch.cluster.base import Driver, Need
 from ftlaunch.cluster.kubernetes import Kubernetes
-from ftlaunch.cluster.pod_agent import exit_mark
+from ftlaunch.cluster.pod_agent import exit_mark, unfit_mark
 from ftlaunch.launcher import cli
 from ftlaunch.recipes.errors import FtlaunchError, InfrastructureError, UserError
 from ftlaunch.recipes.schema_kubernetes import KubernetesCluster
@@ -512,6 +512,55 @@ def test_kuberay_starts_the_job_again(served, tmp_path):
     job.status("Failed", reason="AppFailed")
     job.ends()
     assert (job.code, job.error) == (2, None)
+
+
+@pytest.mark.parametrize("queue", [None, "gpus"])
+def test_a_job_with_unfit_nodes_is_started_again_without_them(served, tmp_path, queue):
+    """It is suspended, told what to keep off, and released once its pods are gone: by us, or by Kueue."""
+    served.kube.groups.add("kueue.x-k8s.io")
+    body = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "LocalQueue", "metadata": {"name": "gpus"}}
+    served.kube.create("localqueues", body, validate=False)
+    job = Following(served, tmp_path, nodes=2, queue=queue)
+    job.kube.update("rayjobs", job.name, {"spec": {"suspend": False}})  # so has Kueue
+    before = job.kube.get("rayjobs", job.name)["spec"]["rayClusterSpec"]
+    for number, (name, role) in enumerate((("head", "ray-head"), ("worker", "ray-worker"))):
+        job.pod(name, role, podIP=f"10.0.0.{number}")
+        job.kube.update("pods", name, {"spec": {"nodeName": f"node{number}"}})
+        job.state(name, running={})
+    job.print(f"step\n{unfit_mark(job.job)}10.0.0.1\n")
+    job.says("the job is started again, and keeps off node1\n")
+    rayjob = job.kube.get("rayjobs", job.name)
+    assert rayjob["spec"]["suspend"] is True
+    assert complaints(rayjob) == []
+    changed = rayjob["spec"]["rayClusterSpec"]
+    for group, was in ((changed["headGroupSpec"], before["headGroupSpec"]),
+                       (changed["workerGroupSpecs"][0], before["workerGroupSpecs"][0])):  # fmt: skip
+        spec = group["template"]["spec"]
+        [term] = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+        assert term == {
+            "matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["node1"]}]
+        }
+        del spec["affinity"]
+        assert group == was
+    job.end(76)
+    for name in ("head", "worker"):
+        job.kube.delete("pods", name)
+    job.status("Suspended")
+    if queue is None:
+        deadline = time.monotonic() + 20
+        while job.kube.get("rayjobs", job.name)["spec"]["suspend"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    else:
+        time.sleep(0.2)
+        assert job.kube.get("rayjobs", job.name)["spec"]["suspend"] is True
+    job.pod("second", podIP="10.0.0.0")
+    job.log("second")
+    job.state("second", running={})
+    job.end(0, "second")
+    job.ends()
+    assert (job.code, job.error) == (0, None)
+    assert job.text.count("keeps off") == 1
 
 
 def test_a_job_that_is_lost(served, tmp_path):

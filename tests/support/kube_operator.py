@@ -33,7 +33,8 @@ set -e
 mount -t tmpfs none /mnt
 mkdir -p /mnt/ftlaunch
 cp -r "$1" /mnt/ftlaunch/job
-mkdir /mnt/ftlaunch/work
+mkdir /mnt/ftlaunch/work /mnt/full
+mount -t tmpfs -o size=64m none /mnt/full
 mount -t tmpfs none /dev/shm
 shift
 exec "$@"
@@ -68,12 +69,14 @@ class Container:
 
 @dataclass
 class Operator:
-    """All of it for one namespace. `fail`: pod name's part -> status in place of a container that starts."""
+    """All of it for one namespace. `fail`: pod name's part -> status in place of a container that starts; `full`: hosts
+    whose disk is."""
 
     kube: Kube
     hosts: Hosts
     folder: Path
     fail: dict[str, Object] = field(default_factory=dict)
+    full: set[str] = field(default_factory=set)
     containers: dict[str, Container] = field(default_factory=dict)
     """Of pods that are there."""
     ended: list[int] = field(default_factory=list)
@@ -235,8 +238,8 @@ class Operator:
     def start(self, pod: Object) -> None:
         name = pod["metadata"]["name"]
         number = int(name.rpartition("-")[2])
-        host = list(self.hosts.members.values())[number]
-        head = next(iter(self.hosts.members.values())).address
+        hosts = [host for host in self.hosts.members.values() if host.name not in kept_off(pod)]
+        host, head = hosts[number], hosts[0].address
         spec = pod["spec"]["containers"][0]
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         secret = volumes["job"]["secret"]
@@ -252,6 +255,8 @@ class Operator:
                 assert Path(mount["mountPath"]).is_dir(), "what is claimed lies there on all hosts"
         cluster = self.kube.get("rayclusters", pod["metadata"]["labels"]["ray.io/cluster"])
         environment = self.environment(spec, host.address, dict(groups_of(cluster))[role_of(pod)], head, role_of(pod))
+        if host.name in self.full:
+            environment["TMPDIR"] = "/mnt/full"
         log = self.folder / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -265,7 +270,7 @@ class Operator:
         self.kube.logs[name] = log
         status = {"phase": "Running", "podIP": host.address, "containerStatuses": [
             {"name": spec["name"], "image": spec["image"], "state": {"running": {}}}]}  # fmt: skip
-        self.kube.update("pods", name, {"status": status})
+        self.kube.update("pods", name, {"spec": {"nodeName": host.name}, "status": status})
 
     def environment(self, spec: Object, address: str, group: Object, head: str, role: str) -> dict[str, str]:
         """Of a container: the manifest's, and what KubeRay adds."""
@@ -332,6 +337,15 @@ def role_of(pod: Object) -> str:
     """`head` or `worker`."""
     role: str = pod["metadata"]["labels"]["ray.io/node-type"]
     return role
+
+
+def kept_off(pod: Object) -> list[str]:
+    """Nodes that its affinity excludes."""
+    affinity = pod["spec"].get("affinity", {}).get("nodeAffinity", {})
+    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
+    expressions = [each for term in terms for each in term["matchExpressions"]]
+    assert all((each["key"], each["operator"]) == ("kubernetes.io/hostname", "NotIn") for each in expressions)
+    return [name for each in expressions for name in each["values"]]
 
 
 def flag(name: str, value: str) -> str:

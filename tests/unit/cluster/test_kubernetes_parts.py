@@ -221,12 +221,15 @@ def test_the_exit_code_is_taken_out_of_the_log_however_it_comes(seed):
     words = ["step\n", "\n", "ftlaunch: job", "\nftlaunch: job b has ended", "x\r"]
     shown = "".join(rng.choice(words) for _ in range(30)) + "\n"
     code = rng.choice([0, 1, 2, 130, -9])
-    whole = f"{shown}{pod_agent.exit_mark('a1')}{code}\n".encode()
+    asks = rng.choice(["", f"{pod_agent.unfit_mark('a1')}10.0.0.2,10.0.0.3\n"])
+    whole = f"{shown}{asks}{shown}{pod_agent.exit_mark('a1')}{code}\nmore".encode()
     cuts = sorted(rng.sample(range(1, len(whole)), rng.randint(0, 12)))
     parts = [whole[a:b] for a, b in itertools.pairwise([0, *cuts, len(whole)])]
     read = Filter("a1")
-    assert b"".join(map(read.feed, parts)).decode() == shown
+    said = b"".join(read.feed(part) for part in parts if read.code is None)  # then nobody reads on
+    assert said.decode() == 2 * shown
     assert read.code == code
+    assert read.unfit == (("10.0.0.2", "10.0.0.3") if asks else ())
 
 
 def test_a_log_without_an_end_holds_nothing_back():
