@@ -5,6 +5,8 @@ JOB/agent.json        what to do (see `kubernetes_job.py`)     WORK/package/   o
 JOB/package.tar.xz    our code                                  WORK/start      KubeRay wants the driver started
 JOB/driver.json       what the driver is told, on the head      WORK/stop       it is to save and end
 WORK/driver.json  WORK/driver.log  the driver's                 WORK/exit       its exit code
+WORK/leave            the pod is to end                         WORK/notice     so its ranks are to save and leave
+WORK/ranks/PID        of each rank that works here
 
 `agent.py node` is the pods' command; it ends when its pod is to. `agent.py driver` is the RayJob's entrypoint: Ray's
 job server starts it on the head, tells it to end, and takes its exit code for the job's. It only passes that on: what
@@ -46,6 +48,16 @@ MAX_QUICK = 3
 
 STOP_S = 2.0
 """After a pod is told to end, for the word to come that the whole job is."""
+
+NOTICE_S = 5.0
+"""After a worker is told to end, for the driver to have been told that the whole job is. If it has not, the ranks are
+given notice, so that they save and go on elsewhere."""
+
+POD = "FTLAUNCH_POD"
+"""Variable by which ranks know WORK."""
+
+LAST_WORDS_S = 2.0
+"""After the last rank has left, for Ray to pass on why."""
 
 HEAD_S = 5.0
 """Between looks for the head's address."""
@@ -93,7 +105,7 @@ class Node:
         self._shown = 0
         self._head: str | None = None
         """Address of the head's pod; its name is forgotten while it is still saving."""
-        self._looked_s, self._answered_s = -HEAD_S, time.monotonic()
+        self._looked_s, self._answered_s, self._worked_s = -HEAD_S, time.monotonic(), 0.0
 
     def run(self) -> int:
         """Until Ray ends, or the pod is to; returns the pod's exit code."""
@@ -118,6 +130,7 @@ class Node:
             # Folders of the driver's are no place to look for modules.
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
+            POD: str(WORK),
         }
 
     def _start_ray(self) -> subprocess.Popen[bytes]:
@@ -134,7 +147,7 @@ class Node:
             )  # fmt: skip
 
     def _start_driver(self, *why: str) -> subprocess.Popen[bytes]:
-        """`why`: it is started again, for this reason."""
+        """`why`: it is started again, for this reason; empty: it asks for it."""
         self._started_s = time.monotonic()
         module, _, function = self._spec["entry"].partition(":")
         (WORK / "bin").mkdir(exist_ok=True)
@@ -160,8 +173,7 @@ class Node:
         if not (WORK / "leave").exists():
             self._find_head()
             return None
-        busy = self._driver is not None and self._driver.poll() is None if self._is_head else self._head_answers()
-        if busy:
+        if self._drives() if self._is_head else self._head_answers() and self._has_ranks():
             return None
         self._end_ray()
         return 0
@@ -180,9 +192,8 @@ class Node:
             self._driver_ended(code, leaving=leaving)
 
     def _driver_ended(self, code: int, *, leaving: bool) -> None:
-        why = None if leaving else _why_again(code)
-        if why is not None and self._may_start_again():
-            self._driver = self._start_driver(why)
+        if (code == AGAIN or code < 0) and not leaving and self._may_start_again():
+            self._driver = self._start_driver("" if code == AGAIN else f"the driver was killed (signal {-code})")
             return
         if code == ELSEWHERE:
             if not leaving and self._waits_for_others():
@@ -227,7 +238,7 @@ class Node:
         if self._driver is not None and self._driver.poll() is None:
             return None
         if self._driver is None:
-            print(_tail(WORK / "ray.log"), flush=True)
+            print("\n".join((WORK / "ray.log").read_text(errors="replace").splitlines()[-30:]))
         print(f"Ray has ended (exit code {self._ray.returncode})", flush=True)
         return self._ray.returncode or 1
 
@@ -249,6 +260,18 @@ class Node:
             return time.monotonic() - self._answered_s < GONE_S
         self._answered_s = time.monotonic()
         return True
+
+    def _drives(self) -> bool:
+        return self._driver is not None and self._driver.poll() is None
+
+    def _has_ranks(self) -> bool:
+        """Whether this worker is needed: it has ranks, or has not given notice to those that it may have."""
+        notice = WORK / "notice"
+        if not notice.exists() and time.time() - (WORK / "leave").stat().st_mtime > NOTICE_S:
+            notice.touch()
+        if not notice.exists() or any(Path("/proc", rank.name).exists() for rank in (WORK / "ranks").glob("*")):
+            self._worked_s = time.monotonic()
+        return time.monotonic() - self._worked_s < LAST_WORDS_S
 
     def _end_ray(self) -> None:
         assert self._ray is not None
@@ -298,13 +321,6 @@ def _lack(need: str) -> str | None:
     return None if wanted.specifier.contains(found, prereleases=True) else found
 
 
-def _why_again(code: int) -> str | None:
-    """Why a driver that ended with this code is started again; empty: it asks for it. None: it is not."""
-    if code == AGAIN:
-        return ""
-    return f"the driver was killed (signal {-code})" if code < 0 else None
-
-
 def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as files:
         for member in files:
@@ -319,11 +335,11 @@ def driver() -> int:
     """Have the driver started, and wait for it; returns its exit code."""
     signal.signal(signal.SIGTERM, lambda _number, _frame: (WORK / "stop").touch())
     (WORK / "start").touch()
-    shown = 0
-    while not (ended := (WORK / "exit").exists()) or shown < _size(WORK / "driver.log"):
+    shown, ended = 0, False
+    while not ended:
+        time.sleep(POLL_S)
+        ended = (WORK / "exit").exists()  # first: what is read afterwards is then whole
         shown = _copy_on(WORK / "driver.log", shown)
-        if not ended:
-            time.sleep(POLL_S)
     return int((WORK / "exit").read_text())
 
 
@@ -342,14 +358,6 @@ def _copy_on(log: Path, shown: int) -> int:
 def _ends_line(log: Path) -> bool:
     text = log.read_bytes()
     return not text or text.endswith(b"\n")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _tail(file: Path) -> str:
-    return "\n".join(file.read_text(errors="replace").splitlines()[-30:])
 
 
 def _put(path: Path, text: str) -> None:

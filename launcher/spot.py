@@ -1,5 +1,6 @@
-"""A cloud's notice that it is about to take a spot machine away, read on the machine itself: 30 s (Google, Azure) to 2
-min (AWS) before. Only machines that say that they are a cloud's are asked.
+"""Notices that a machine is about to be taken away, read on the machine itself. A cloud's for a spot machine comes 30 s
+(Google, Azure) to 2 min (AWS) before; only machines that say that they are a cloud's are asked. In a pod of Kubernetes
+it is a file, made by who looks after the pod (`cluster/pod_agent.py`), which is told in turn where ranks work.
 
 AWS: "Spot Instance interruption notices" (instance metadata, version 2). Google: "Preemptible VM instances", the value
 `preempted`. Azure: "Scheduled Events", type Preempt.
@@ -8,16 +9,19 @@ AWS: "Spot Instance interruption notices" (instance metadata, version 2). Google
 from __future__ import annotations
 
 import json
+import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 METADATA = "http://169.254.169.254"
 VENDOR = Path("/sys/class/dmi/id/sys_vendor")
-EVERY_S = 5.0
+EVERY_S, POD_EVERY_S = 5.0, 0.5
 ANSWER_S = 2.0
 
 Fetch = Callable[[str, str, Mapping[str, str]], str | None]
@@ -76,13 +80,37 @@ def fetching(base: str = METADATA) -> Fetch:
 
 def watch(notice: Callable[[], None], cloud: Cloud | None, fetch: Fetch, every_s: float = EVERY_S) -> None:
     """Look from now on, in the background; `notice` is called once, when the machine is about to be taken away."""
-    if cloud is None:
+    if cloud is not None:
+        _look(notice, partial(cloud.ask, fetch), every_s)
+
+
+def watch_pod(notice: Callable[[], None], pod: str | None, every_s: float = POD_EVERY_S) -> None:
+    """The same for a pod whose files lie there; None: this is none."""
+    if pod is not None:
+        _look(notice, Path(pod, "notice").exists, every_s)
+
+
+@contextmanager
+def at_work(pod: str | None) -> Iterator[None]:
+    """While this lasts, the pod is not ended under the rank that this process is."""
+    if pod is None:
+        yield
         return
+    mark = Path(pod, "ranks", str(os.getpid()))
+    mark.parent.mkdir(exist_ok=True)
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink()
+
+
+def _look(notice: Callable[[], None], is_going: Callable[[], bool], every_s: float) -> None:
     pause = threading.Event()
 
     def look() -> None:
-        while not cloud.ask(fetch):
+        while not is_going():
             pause.wait(every_s)
         notice()
 
-    threading.Thread(target=look, name="spot notices", daemon=True).start()
+    threading.Thread(target=look, name="notices", daemon=True).start()

@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -15,6 +16,7 @@ import ray.train
 from ray.train import BackendConfig
 from ray.train.backend import Backend
 
+from ..cluster.pod_agent import POD
 from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted
 from ..recipes.problems import located
 from ..recipes.redact import redact
@@ -53,7 +55,11 @@ def train_worker(config: dict[str, Any]) -> None:
     after they have saved; `failure.py` says what is done then.
     """
     warm_up.join()
-    worker: WorkerConfig = config["worker"]
+    with spot.at_work(os.environ.get(POD)):
+        _work(config["worker"])
+
+
+def _work(worker: WorkerConfig) -> None:
     if os.path.isdir(worker.folder):  # noqa: PTH112 - pathlib has no chdir before 3.11's contextlib one
         os.chdir(worker.folder)
     context = ray.train.get_context()
@@ -63,7 +69,9 @@ def train_worker(config: dict[str, Any]) -> None:
     dump_on_signal(logs_folder())
     if context.get_local_rank() == 0:
         node = ray.get_runtime_context().get_node_id()
-        spot.watch(lambda: worker.control.notice.remote(node), spot.cloud_of(), spot.fetching())
+        notice = partial(worker.control.notice.remote, node)
+        spot.watch(notice, spot.cloud_of(), spot.fetching())
+        spot.watch_pod(notice, os.environ.get(POD))
     ending = _logged(worker, context, RayMonitor(worker.control, speaks=rank == 0))
     if ending.outcome == "interrupted" and (move := ray.get(worker.control.why_leave.remote())):
         raise MOVES[move.kind](move.says)

@@ -41,13 +41,14 @@ def cluster(hosts: Hosts, place: Path, tmp_path_factory) -> Iterator[tuple[Serve
         yield made
 
 
-def prepare(place: Path, name: str, served: Served, steps: int, **changes: object) -> Path:
-    """A recipe; the directory of its run."""
+def prepare(place: Path, name: str, served: Served, steps: int, *, large: bool = False, **changes: object) -> Path:
+    """A recipe, of `large` steps if they are to last; the directory of its run."""
     section = served.cluster(
         python=sys.executable, volumes=[{"claim": "shared", "path": str(place)}],
         env=["OMP_NUM_THREADS", "HF_HUB_*", "HF_TOKEN"], **changes,
     )  # fmt: skip
-    recipe = recipe_for(place, train={"max_steps": steps}, cluster=section)
+    sizes, data = ({"global_batch_size": 24}, {"sequence_length": 256}) if large else ({}, {})
+    recipe = recipe_for(place, train={"max_steps": steps, **sizes}, data=data, cluster=section)
     write_recipe(place / f"{name}.yaml", {**recipe, "name": name})
     return place / "runs" / name
 
@@ -195,6 +196,28 @@ def test_a_killed_driver_and_an_evicted_head(cluster, place):
     assert "the job is started again" in command.text
     [failure] = read_failures(RunDirectory(str(directory)))  # who leaves has not failed
     assert "the driver was killed" in failure.says
+    assert left(served) == []
+
+
+def test_an_unfit_node_and_an_evicted_worker(cluster, place):
+    """A node with a full disk is replaced before the run begins. The ranks of a worker that has to go save, and go on
+    when there is another one: no step is taken twice."""
+    served, played = cluster
+    steps = 120
+    directory = prepare(place, "moved", served, steps, large=True, nodes=2, doctor=True)
+    played.full.add("beta")
+    command = Command(ftlaunch("moved.yaml"), place, {"HF_TOKEN": SECRET})
+    assert command.wait_until(lambda: reached(directory, 5)), command.text
+    assert "the job is started again, and keeps off beta" in command.text
+    [worker] = [name for kind, name in served.kube.objects if kind == "pods" and "worker" in name]
+    assert played.containers[worker].host.name == "gamma"
+    served.kube.delete("pods", worker)
+    assert command.wait() == 0, command.text
+    failures = read_failures(RunDirectory(str(directory)))
+    assert [(failure.kind, failure.counts) for failure in failures] == [("unfit", True), ("preempted", False)]
+    assert "is about to be taken away: the ranks have saved and left" in command.text
+    assert [line["step"] for line in read_run(directory).steps] == list(range(1, steps + 1))
+    assert len(list((directory / "attempts").glob("a?.json"))) == 2
     assert left(served) == []
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ftlaunch.launcher.spot import CLOUDS, Cloud, cloud_of, fetching, watch
+from ftlaunch.launcher.spot import CLOUDS, Cloud, at_work, cloud_of, fetching, watch, watch_pod
 
 AWS, GOOGLE, AZURE = CLOUDS
 ACTION = json.dumps({"action": "terminate", "time": "2025-01-02T03:04:05Z"})
@@ -81,6 +82,18 @@ def test_it_is_told_once(metadata):
     assert not told.wait(0.1)
     server.going = True
     assert told.wait(60)
+
+
+def test_a_pod_gives_notice_and_knows_where_ranks_work(tmp_path):
+    told = threading.Event()
+    watch_pod(told.set, None, every_s=0.01)
+    watch_pod(told.set, str(tmp_path), every_s=0.01)
+    assert not told.wait(0.1)
+    with at_work(None), at_work(str(tmp_path)):
+        assert [path.name for path in (tmp_path / "ranks").iterdir()] == [str(os.getpid())]
+        (tmp_path / "notice").touch()
+        assert told.wait(60)
+    assert list((tmp_path / "ranks").iterdir()) == []
 
 
 @pytest.mark.parametrize(
