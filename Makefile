@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 PYTHON ?=
 PYTHONS := $(PYTHON) python3.13 python3.12 python3.11 python3
 # What `make quickstart` writes to, how many test processes run at once (each takes a whole file, so that what tests of a
-# module share is made once), and more arguments for pytest.
+# module share is made once; in their order, which has the long ones first, so that all end together), and more arguments
+# for pytest.
 DIR ?= quickstart
 WORKERS ?= 2
 ARGS ?=
@@ -28,7 +29,7 @@ quickstart: install ## Install, then train and compare a small model on this mac
 	@$(BIN)/ftlaunch quickstart $(DIR)
 
 test: install-test ## The quick tier of tests (ARGS="-k name" narrows it, WORKERS=2 processes)
-	@$(PYTEST) -n $(WORKERS) --dist loadfile -m "not evidence and not gpu and not hub" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not evidence and not gpu and not hub" $(ARGS)
 
 evidence: install-test ## One long proof, whole: NAME=...; without NAME: list them
 ifeq ($(strip $(NAME)),)

@@ -72,7 +72,11 @@ def test_hosts_that_are_alike_are_fit_and_a_planted_one_is_named(hosts, work, ca
 
 
 def test_a_run_on_several_nodes_goes_on_without_the_bad_host(hosts, work):
-    recipe = {**recipe_for(work, train={"max_steps": 3}), "name": "bot", "cluster": hosts.cluster(env=ENV, nodes=2)}
+    recipe = {
+        **recipe_for(work, train={"max_steps": 3}),
+        "name": "bot",
+        "cluster": hosts.cluster(env=ENV, nodes=2, doctor=True),
+    }
     write_recipe(work / "bot.yaml", recipe)
     with throttled(hosts, "beta"):
         code, said = run(ftlaunch("bot.yaml", "--nodes", "3"), work)

@@ -163,7 +163,7 @@ def work(hosts: Hosts, request) -> Path:
 
 def prepare(work: Path, name: str, hosts: Hosts, steps: int, **changes: object) -> Path:
     """A recipe; the directory of its run."""
-    recipe = recipe_for(work, train={"max_steps": steps}, cluster=hosts.cluster(env=ENV, doctor=False, **changes))
+    recipe = recipe_for(work, train={"max_steps": steps}, cluster=hosts.cluster(env=ENV, **changes))
     write_recipe(work / f"{name}.yaml", {**recipe, "name": name})
     return work / "runs" / name
 

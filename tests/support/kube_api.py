@@ -480,7 +480,7 @@ class Served:
         """The `cluster` section of a recipe that runs there."""
         return {
             "type": "kubernetes", "kubeconfig": str(self.kubeconfig), "image": "registry.example/ftlaunch:0.1",
-            "gpus_per_node": 0, "cpus_per_node": 1, "env": ["OMP_NUM_THREADS", "HF_HUB_*"], **changes,
+            "gpus_per_node": 0, "cpus_per_node": 1, "env": ["OMP_NUM_THREADS", "HF_HUB_*"], "doctor": False, **changes,
         }  # fmt: skip
 
 

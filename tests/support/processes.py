@@ -17,6 +17,9 @@ BIN = Path(sys.executable).parent
 WAIT_S = 300.0
 """Nothing is expected to take this long; a test that waits longer has found a hang."""
 
+POLL_S, POLL_SHARE = 0.001, 9.0
+"""Between two looks, at the least, and in looks' own time."""
+
 
 def ftlaunch(*arguments: str) -> list[str]:
     """The installed command."""
@@ -66,16 +69,18 @@ class Running(ABC):
         """Wait for the ends of processes that have been killed."""
 
     def wait_until(self, happened: Callable[[], bool]) -> bool:
-        """Poll fast; False if it ended before it happened."""
+        """Poll fast, but leave most of a core to what is waited for; False if it ended before it happened."""
         deadline = time.monotonic() + WAIT_S
-        while not happened():
+        while True:
+            began = time.monotonic()
+            if happened():
+                return True
             if self.ended():
                 return happened()
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"never happened:\n{self.text}")
-            time.sleep(0.001)
-        return True
+            time.sleep(max(POLL_S, POLL_SHARE * (time.monotonic() - began)))
 
     def kill(self) -> None:
         """SIGKILL to all of it and all descendants, at once."""

@@ -150,7 +150,7 @@ class Hosts:
         """The `cluster` section of a recipe that runs on them."""
         return {
             "type": "ssh", "hosts": self.names, "ssh_config": str(self.ssh_config), "python": sys.executable,
-            "gpus_per_node": 0, **changes,
+            "gpus_per_node": 0, "doctor": False, **changes,
         }  # fmt: skip
 
     def shell(self, name: str, command: str) -> str:
