@@ -29,7 +29,7 @@ from .cli_recipe import remember
 from .handover import unpack
 from .keep import Beginning
 from .log_copy import LogCopy
-from .restarted import answer_before, earlier_of, why_again
+from .restarted import answer_before, earlier_of, name_of, why_again
 from .settle import renamed, run_of
 from .start import run_on
 from .supervisor import Nodes
@@ -105,7 +105,8 @@ class Driven:
             return loaded
         chosen = self.folder / "name"
         if not chosen.exists():
-            chosen.write_text(renamed(loaded).recipe.name)
+            before = name_of(loaded, self.job["record"]["job"])  # where it began on other nodes
+            chosen.write_text(before or renamed(loaded).recipe.name)
         recipe = loaded.recipe.model_copy(update={"name": chosen.read_text()})
         return replace(loaded, recipe=recipe)
 

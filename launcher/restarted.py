@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 from ..cluster.restarts import EARLY, LEFT_EARLY
+from ..distributed import storage
 from ..distributed.run_directory import HEARTBEAT_DEAD_S, RunDirectory
 from ..recipes.errors import Interrupted
+from ..recipes.load import LoadedRecipe
 from . import submissions
 from .submissions import Submission
 
@@ -23,6 +26,13 @@ def earlier_of(run: RunDirectory, job: str) -> Submission | None:
     if earlier is None or earlier.record["job"] != job or "began_at" not in earlier.record:
         return None
     return earlier
+
+
+def name_of(loaded: LoadedRecipe, job: str) -> str | None:
+    """Under which name a job that was to begin a fresh run has begun it; None: it has not."""
+    place, stem = loaded.recipe.checkpoint.path, re.sub(r"-\d+$", "", loaded.recipe.name)  # as in `runs.fresh_name`
+    names = [name for name in storage.list_names(place) if name.startswith(stem)]
+    return next((name for name in names if earlier_of(RunDirectory(storage.join(place, name)), job)), None)
 
 
 def answer_before(run: RunDirectory, earlier: Submission) -> int | None:

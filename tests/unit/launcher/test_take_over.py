@@ -89,16 +89,29 @@ def test_a_job_that_its_cluster_starts_again_is_on_the_runs_own_budget(loaded, t
 
     monkeypatch.setattr(supervisor, "supervise", supervise)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    demand = Demand(nodes=1, ranks=1, uses_gpus=False, cpus_per_rank=1)
-    job = {"loaded": pack(loaded), "flags": asdict(Flags()), "command": ["ftlaunch"], "demand": asdict(demand),
-           "columns": 200, "record": {"job": "7", "cluster": {"type": "kubernetes"}}}  # fmt: skip
     limit = loaded.recipe.cluster.max_restarts
     for number in range(3 * limit):
-        pod = tmp_path / f"pod-{number}"
-        pod.mkdir()
-        (pod / LOG).touch()
-        driven = Driven(pod, job, Beginning("7", is_kept=True))
-        assert driven.close(guarded(lambda driven=driven: driven.run("10.0.0.1:6379"))) == 2
+        assert drive_in_pod(tmp_path / f"pod-{number}", loaded, Flags()) == 2
     assert len(trained) == 1 + limit
     found = read_failures(run_of(loaded))
     assert {(one.launch, one.says) for one in found} == {("7", "its driver ended with exit code 2")}
+
+
+def drive_in_pod(pod: Path, loaded: LoadedRecipe, flags: Flags) -> int:
+    """The driver of job 7 in a new pod."""
+    demand = Demand(nodes=1, ranks=1, uses_gpus=False, cpus_per_rank=1)
+    job = {"loaded": pack(loaded), "flags": asdict(flags), "command": ["ftlaunch"], "demand": asdict(demand),
+           "columns": 200, "record": {"job": "7", "cluster": {"type": "kubernetes"}}}  # fmt: skip
+    pod.mkdir()
+    (pod / LOG).touch()
+    driven = Driven(pod, job, Beginning("7", is_kept=True))
+    return driven.close(guarded(lambda: driven.run("10.0.0.1:6379")))
+
+
+def test_a_fresh_run_that_goes_on_in_another_pod_is_the_same_one(loaded, tmp_path, monkeypatch):
+    run_of(loaded).claim_attempt(world_size=1, command=())
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Ending("failed", "the network failed", 2))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for number in range(2):
+        assert drive_in_pod(tmp_path / f"pod-{number}", loaded, Flags(fresh=True)) == 2
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["bot", "bot-2"]
