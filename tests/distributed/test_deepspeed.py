@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,11 @@ def loss_norm_and_graphs(rank: int, size: int, settings: dict[str, Any]) -> tupl
     return float(loss.detach()), made.engine.step(), counters["stats"]["unique_graphs"]
 
 
-def test_compiled_blocks_under_zero2(tmp_path):
-    """Fused kernels round elsewhere, and learn the same; see test_training_options.py for the bound."""
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.evidence)])
+def test_compiled_blocks_under_zero2(tmp_path, monkeypatch, backend):
+    """Fused kernels round elsewhere, and learn the same; see test_training_options.py for the bound. There they are
+    made in the quick tier; here it is the graphs that count, which DeepSpeed's hooks might break."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # what Module.compile calls
     make_model(tmp_path / "one-block", num_hidden_layers=1)
     settings = recipe(tmp_path, "compiled", "zero2", 1, model={"path": str(tmp_path / "one-block")})
     [(*plain, none)] = run_distributed(loss_norm_and_graphs, 1, settings)
