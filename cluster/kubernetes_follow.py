@@ -258,7 +258,9 @@ class Follower:
 
     def _ended_before(self, rayjob: Object) -> list[str]:
         """The driver has ended and the job has not: it is started again, by KubeRay or when Kueue has room."""
-        if self._code is None or not ((rayjob.get("spec") or {}).get("backoffLimit") or rayjob["spec"].get("suspend")):
+        if self._code is None or self._filter.unfit:  # which has been said
+            return []
+        if not (rayjob["spec"].get("backoffLimit") or rayjob["spec"].get("suspend")):
             return []
         return [f"the driver has ended with exit code {self._code}; the job is started again"]
 

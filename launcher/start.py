@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,8 +20,8 @@ from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.redact import dump_recipe, redact
 from ..recipes.schema_cluster import RayCluster
-from .budget import Budget
-from .failure import Failure
+from .budget import Budget, read_failures
+from .failure import Failure, Response
 from .hardware import Machine, this_machine
 from .history import write_report
 from .keep import Beginning, keep, new_launch
@@ -104,10 +105,21 @@ def run_on(
 def _take_over(run: RunDirectory, loaded: LoadedRecipe, beginning: Beginning, console: Console) -> None:
     """From a driver that has died. Raises InfrastructureError where that has happened too often."""
     if beginning.again:
-        _spend(run, loaded, beginning, Failure("driver", "again", beginning.again), console)
+        response: Response = "moved" if _is_counted(run, beginning.launch) else "again"
+        _spend(run, loaded, beginning, Failure("driver", response, beginning.again), console)
     deadline_s = time.monotonic() + OLD_RANKS_S
     while (alive := run.live_attempt()) and alive.process.is_here() and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
+
+
+def _is_counted(run: RunDirectory, launch: str) -> bool:
+    """Whether what has ended a driver was counted before, as the end of ranks that have not been started again since:
+    when a node is lost, they notice first, and who looks after the job last."""
+    failures = [entry for entry in read_failures(run) if entry.launch == launch]
+    attempts = run.attempts()
+    if not failures or not attempts or failures[-1].by != "ranks":
+        return False
+    return datetime.fromisoformat(failures[-1].at) >= datetime.fromisoformat(attempts[-1].started_at)
 
 
 def _spend(run: RunDirectory, loaded: LoadedRecipe, beginning: Beginning, failure: Failure, console: Console) -> None:

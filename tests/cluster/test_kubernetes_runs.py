@@ -47,8 +47,9 @@ def prepare(place: Path, name: str, served: Served, steps: int, *, large: bool =
         python=sys.executable, volumes=[{"claim": "shared", "path": str(place)}],
         env=["OMP_NUM_THREADS", "HF_HUB_*", "HF_TOKEN"], **changes,
     )  # fmt: skip
-    sizes, data = ({"global_batch_size": 24}, {"sequence_length": 256}) if large else ({}, {})
-    recipe = recipe_for(place, train={"max_steps": steps, **sizes}, data=data, cluster=section)
+    sizes, data = ({"global_batch_size": 48}, {"sequence_length": 256}) if large else ({}, {})
+    saves = {"every_steps": 30} if large else {}
+    recipe = recipe_for(place, train={"max_steps": steps, **sizes}, data=data, checkpoint=saves, cluster=section)
     write_recipe(place / f"{name}.yaml", {**recipe, "name": name})
     return place / "runs" / name
 
@@ -203,7 +204,7 @@ def test_an_unfit_node_and_an_evicted_worker(cluster, place):
     """A node with a full disk is replaced before the run begins. The ranks of a worker that has to go save, and go on
     when there is another one: no step is taken twice."""
     served, played = cluster
-    steps = 120
+    steps = 90
     directory = prepare(place, "moved", served, steps, large=True, nodes=2, doctor=True)
     played.full.add("beta")
     command = Command(ftlaunch("moved.yaml"), place, {"HF_TOKEN": SECRET})

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import string
 import sys
@@ -167,12 +168,19 @@ def mounted(slurm: Site, name: str, source: Path, target: Path) -> Iterator[None
         slurm.hosts.shell(name, f"umount {target}")
 
 
+@contextmanager
+def other_version(slurm: Site, name: str, work: Path, package: str, version: str) -> Iterator[None]:
+    """One node has this version of a package, as far as its metadata say."""
+    real = importlib.metadata.version(package)
+    [metadata] = Path(ray.__file__).parents[1].glob(f"{package}-{real}.dist-info/METADATA")
+    (work / "METADATA").write_text(metadata.read_text().replace(f"\nVersion: {real}\n", f"\nVersion: {version}\n", 1))
+    with mounted(slurm, name, work / "METADATA", metadata):
+        yield
+
+
 def test_a_node_with_other_versions_or_another_folder(slurm, work):
     prepare(work, "other", slurm.cluster(nodes=2))
-    metadata = Path(ray.__file__).parents[1] / f"ray-{importlib.metadata.version('ray')}.dist-info" / "METADATA"
-    changed = work / "METADATA"
-    changed.write_text(metadata.read_text().replace(f"\nVersion: {ray.__version__}\n", "\nVersion: 2.59.1\n", 1))
-    with mounted(slurm, "n2", changed, metadata):
+    with other_version(slurm, "n2", work, "ray", "2.59.1"):
         code, said = run(ftlaunch("other.yaml"), work, slurm.environ)
     assert code == 1, said
     assert "node n2: ftlaunch needs ray" in said
@@ -196,8 +204,9 @@ def weights(directory: Path) -> str:
 
 def test_a_time_limit_a_preemption_and_a_lost_node_change_nothing(slurm, work):
     """The machine that submitted is gone at once; somebody else follows, through three requeues."""
-    directory = prepare(work, "long", slurm.cluster(nodes=RANKS, env=ENV), STEPS)
-    plain = recipe_for(work, train={"max_steps": STEPS})
+    saves = {"every_steps": 10}
+    directory = prepare(work, "long", slurm.cluster(nodes=RANKS, env=ENV), STEPS, checkpoint=saves)
+    plain = recipe_for(work, train={"max_steps": STEPS}, checkpoint=saves)
     undisturbed = weights(train({**plain, "name": "plain"}, RANKS).directory)
     laptop = Command(ftlaunch("long.yaml"), work, slurm.environ)
     assert laptop.wait_until(lambda: "submitted as job" in laptop.text), laptop.text
@@ -230,18 +239,26 @@ def test_a_time_limit_a_preemption_and_a_lost_node_change_nothing(slurm, work):
     assert json.loads(ended.read_text())["exit_code"] == 0
 
 
+WRONG_CLOCK = """
+import socket, time
+
+if socket.gethostname() == "n2":
+    time.time = lambda real=time.time: real() + 60.0
+"""
+
+
 def test_an_unfit_node_is_replaced_by_another(slurm, work):
-    """Its disk is full: the job that has it goes back into the queue, and runs without it."""
-    directory = prepare(work, "unfit", slurm.cluster(nodes=RANKS, env=ENV, doctor=True), 3)
-    scratch = slurm.hosts.scratch
-    slurm.hosts.shell("n2", f"mount -t tmpfs -o size=512m none {scratch}")
-    try:
-        code, said = run(ftlaunch("unfit.yaml"), work, slurm.environ)
-    finally:
-        slurm.hosts.shell("n2", f"umount -l {scratch}")
+    """Its clock is wrong: the job that has it goes back into the queue, and runs without it."""
+    (work / "site").mkdir()
+    (work / "site/sitecustomize.py").write_text(WRONG_CLOCK)
+    cluster = slurm.cluster(
+        nodes=RANKS, env=ENV, doctor=True, setup=[f"export PYTHONPATH={shlex.quote(str(work))}/site:$PYTHONPATH"]
+    )
+    directory = prepare(work, "unfit", cluster, 3)
+    code, said = run(ftlaunch("unfit.yaml"), work, slurm.environ)
     assert code == 0, said
-    assert "node n2 is unfit: " in said
-    assert "free at the temporary folder; it is started again" in said
+    assert re.search(r"node n2 is unfit: \+\d\d\.\d s off the others'", said), said
+    assert "it is started again, from the beginning" in said
     assert "it is not to have n2 again" in said
     job = record(directory)["job"]
     assert "ExcNodeList=n2 " in slurm.run("scontrol", "--oneliner", "show", "job", job)

@@ -268,15 +268,16 @@ def test_starts_that_end_before_the_run_begins_are_counted_by_the_job(tmp_path):
     early = f"{EARLY} (is cluster.time too short?)"
     assert failures(start(4, None)) == [early]
     assert failures(last := start(5, None)) == [LOST, early]
-    spec = {"wanted": {}, "cluster": config(max_restarts=1).model_dump(mode="json"), "proof": "p", "paths": {}}
-    assert refusal(spec, [], last) == (2, (
+    spec = {**SPEC, "cluster": config(max_restarts=1).model_dump(mode="json")}
+    assert refusal(spec, [node(0)], last) == (2, (
         f"2 starts in a row of this job ended before the run could go on, the last because {LOST}; it is not begun "
         "again (cluster.max_restarts)"
     ))  # fmt: skip
-    assert refusal({**spec, "cluster": config(max_restarts=2).model_dump(mode="json")}, [], last) == (0, "")
+    assert refusal({**spec, "cluster": config(max_restarts=2).model_dump(mode="json")}, [node(0)], last) == (0, "")
     (tmp_path / "start-4" / BEGUN).touch()
     assert failures(last) == []
-    assert refusal({**spec, "cluster": config(max_restarts=0).model_dump(mode="json")}, [], last) == (0, "")
+    assert refusal({**spec, "cluster": config(max_restarts=0).model_dump(mode="json")}, [node(0)], last) == (0, "")
+    assert refusal(spec, [node(0, proof="q")], last)[0] == 1
     assert failures(start(6, LEFT)) == [LOST]  # of start 5
 
 

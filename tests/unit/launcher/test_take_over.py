@@ -14,10 +14,11 @@ from ftlaunch.cluster.restarts import AGAIN
 from ftlaunch.distributed.again import Flags
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher import start, supervisor
-from ftlaunch.launcher.budget import read_failures
+from ftlaunch.launcher.budget import Budget, read_failures
 from ftlaunch.launcher.cli import guarded
 from ftlaunch.launcher.control import Ending
 from ftlaunch.launcher.drive import LOG, Driven
+from ftlaunch.launcher.failure import Failure
 from ftlaunch.launcher.handover import pack
 from ftlaunch.launcher.keep import Beginning
 from ftlaunch.recipes.errors import InfrastructureError, UserError
@@ -58,6 +59,20 @@ def test_a_driver_that_takes_over_says_why_and_counts_it(loaded, monkeypatch):
     assert code == 1
     assert f"warning: {KILLED}; it is started again, from the beginning" in said
     assert [(one.kind, one.by, one.launch) for one in read_failures(run_of(loaded))] == [("driver", "driver", "one")]
+
+
+def test_a_node_that_is_lost_counts_once(loaded, monkeypatch):
+    """For its ranks, who notice it first, and not again when the driver begins elsewhere; but then for the driver."""
+    run = run_of(loaded)
+    run.finish_attempt(run.claim_attempt(world_size=1, command=()), "failed")
+    Budget(run, "one", 3).spend(Failure("node", "again", "the node is gone"), "ranks")
+    for _ in range(2):
+        drive(loaded, Beginning("one", "its node was lost", is_kept=True), monkeypatch, Ending("failed", "no", 2))
+    assert [(one.by, one.counts) for one in read_failures(run)] == [
+        ("ranks", True),
+        ("driver", False),
+        ("driver", True),
+    ]
 
 
 def test_drivers_that_die_too_often_are_not_started_again(loaded, monkeypatch):
