@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -138,17 +139,35 @@ def _worker_items(served: Served) -> list[dict[str, str]]:
     return group["template"]["spec"]["volumes"][0]["secret"]["items"]
 
 
-def test_the_launcher_is_killed_after_submission_and_stop_now(cluster, place):
-    served, _played = cluster
-    directory = prepare(place, "alone", served, 400, nodes=2)
+def test_the_launcher_is_killed_a_node_is_unfit_a_worker_evicted_and_stop_now(cluster, place):
+    """Somebody else follows. A node with a full disk is replaced before the run begins; the ranks of a worker that has
+    to go save, and go on when there is another one: no step is taken twice."""
+    served, played = cluster
+    directory = prepare(place, "alone", served, 400, large=True, nodes=2, doctor=True)
+    played.full.add("beta")
     command = Command(ftlaunch("alone.yaml"), place, {"HF_TOKEN": SECRET})
     assert command.wait_until(lambda: "waiting: " in command.text), command.text
     os.kill(command.process.pid, signal.SIGKILL)
     command.process.wait()
-    wait_until(lambda: reached(directory, 2), lambda: command.text)
+    wait_until(lambda: list((directory / "submissions").glob("*.json")), lambda: "the driver does not begin")
+    attached = Command(ftlaunch("attach", "alone"), place)
+    assert attached.wait_until(lambda: reached(directory, 5)), attached.text
+    assert "the job is started again, and keeps off beta" in attached.text
+    [worker] = [name for kind, name in served.kube.objects if kind == "pods" and "worker" in name]
+    assert played.containers[worker].host.name == "gamma"
+    served.kube.delete("pods", worker)
+    again = re.compile('"kind":"step","step":[0-9]+,"attempt":2,')
+    assert attached.wait_until(lambda: again.search((directory / "metrics.jsonl").read_text())), attached.text
+    failures = read_failures(RunDirectory(str(directory)))
+    assert [(failure.kind, failure.counts) for failure in failures] == [("unfit", True), ("preempted", False)]
+    assert "is about to be taken away: the ranks have saved and left" in attached.text
     code, said = run(ftlaunch("stop", "--now", "alone"), place)
     assert code == 0, said
     assert left(served) == []
+    attached.wait()
+    steps = [line["step"] for line in read_run(directory).steps]
+    assert steps == list(range(1, len(steps) + 1))
+    played.full.clear()
 
 
 @pytest.mark.evidence
@@ -197,28 +216,6 @@ def test_a_killed_driver_and_an_evicted_head(cluster, place):
     assert "the job is started again" in command.text
     [failure] = read_failures(RunDirectory(str(directory)))  # who leaves has not failed
     assert "the driver was killed" in failure.says
-    assert left(served) == []
-
-
-def test_an_unfit_node_and_an_evicted_worker(cluster, place):
-    """A node with a full disk is replaced before the run begins. The ranks of a worker that has to go save, and go on
-    when there is another one: no step is taken twice."""
-    served, played = cluster
-    steps = 90
-    directory = prepare(place, "moved", served, steps, large=True, nodes=2, doctor=True)
-    played.full.add("beta")
-    command = Command(ftlaunch("moved.yaml"), place, {"HF_TOKEN": SECRET})
-    assert command.wait_until(lambda: reached(directory, 5)), command.text
-    assert "the job is started again, and keeps off beta" in command.text
-    [worker] = [name for kind, name in served.kube.objects if kind == "pods" and "worker" in name]
-    assert played.containers[worker].host.name == "gamma"
-    served.kube.delete("pods", worker)
-    assert command.wait() == 0, command.text
-    failures = read_failures(RunDirectory(str(directory)))
-    assert [(failure.kind, failure.counts) for failure in failures] == [("unfit", True), ("preempted", False)]
-    assert "is about to be taken away: the ranks have saved and left" in command.text
-    assert [line["step"] for line in read_run(directory).steps] == list(range(1, steps + 1))
-    assert len(list((directory / "attempts").glob("a?.json"))) == 2
     assert left(served) == []
 
 
