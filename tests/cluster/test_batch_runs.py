@@ -10,7 +10,11 @@ from training import read_run, train
 
 
 def test_a_sweep_with_a_run_that_fails(tmp_path):
-    recipe = {**recipe_for(tmp_path, train={"max_steps": 4, "max_grad_norm": None}), "name": "bot"}
+    """A mistake that its ranks find ends it at once, and leaves its reason where their words are; the other is
+    trained."""
+    two_ranks = {"type": "local", "processes_per_node": 2, "gpus_per_node": 0}
+    made = recipe_for(tmp_path, train={"max_steps": 4, "max_grad_norm": None}, cluster=two_ranks)
+    recipe = {**made, "name": "bot"}
     write_recipe(tmp_path / "bot.yaml", recipe)
     words = ["batch", "bot.yaml", "--sweep", "train.learning_rate=1e30,1e-3", "--sweep", "train.seed=3"]
     code, said = run(ftlaunch(*words), tmp_path)
@@ -24,11 +28,16 @@ def test_a_sweep_with_a_run_that_fails(tmp_path):
     }
     assert table[0]["state"] == "finished"  # the best first
     assert "train.learning_rate" in table[1]["message"]
+    failed = tmp_path / "runs/bot-learning_rate-1e30-seed-3"
+    assert json.loads((failed / "attempts/a1.end.json").read_text())["outcome"] == "failed"
+    assert "train.learning_rate" in (failed / "logs/a1.rank-00000.log").read_text()
+    assert not list(failed.glob("failures/*"))
+    assert "Traceback" not in said
     page = (tmp_path / "batches/bot-sweep/comparison.html").read_text()
     assert "bot-learning_rate-1e-3-seed-3" in page
 
     section = {**recipe["train"], "learning_rate": 1e-3, "seed": 3}
-    alone = train({**recipe, "name": "alone", "train": section}, 1)
+    alone = train({**recipe, "name": "alone", "train": section}, 2)
     swept = read_run(tmp_path / "runs" / "bot-learning_rate-1e-3-seed-3")
     assert swept.losses == alone.losses
     [row] = [row for row in table if row["name"] == "bot-learning_rate-1e-3-seed-3"]

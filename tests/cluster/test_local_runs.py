@@ -238,14 +238,3 @@ def test_what_was_trained_is_shown_and_asked(folder, by_torchrun, monkeypatch, c
     shown = capsys.readouterr().out
     assert "chat" in shown
     assert "alpha" in shown
-
-
-def test_a_mistake_that_a_rank_finds_ends_the_run_at_once(folder):
-    recipe, directory = prepare(folder, "too-fast")
-    code, output = run(ftlaunch(str(recipe), TWO_RANKS, "train.learning_rate=1e30", "train.max_grad_norm=null"), folder)
-    assert code == 1, output
-    assert "train.learning_rate" in output
-    assert "Traceback" not in output
-    assert outcomes(directory) == ["failed"]
-    log = (directory / "logs" / "a1.rank-00000.log").read_text()
-    assert "train.learning_rate" in log  # the reason is where a rank's words are, too

@@ -86,8 +86,10 @@ def check_resumes(tmp_path: Path, matrix: list[tuple[int, list[str]]], **changes
             check_tensors(run, whole, SUM_TOLERANCE)
 
 
+@pytest.mark.evidence
 def test_a_tour_of_strategies_and_world_sizes(tmp_path):
-    """One run, handed on from checkpoint to checkpoint, against one that was never interrupted."""
+    """One run, handed on from checkpoint to checkpoint, against one that was never interrupted. One step of it each
+    are the test above and test_running_again.py's of world sizes and strategies."""
     tour = [("fsdp", 2), ("zero3", 3), ("ddp", 1), ("zero2", 4), ("fsdp", 2), ("zero3-offload", 2), ("zero1", 3)]
     steps = 2 * len(tour)
     whole = train(recipe(tmp_path, "whole", "fsdp", steps))
