@@ -252,7 +252,7 @@ class Follower:
             return None if reading else self._gone()
         if (rayjob.get("status") or {}).get("jobDeploymentStatus") in TERMINAL and not reading:
             return self._over(rayjob, pods)
-        self._replacement.look(rayjob, pods, self._filter.unfit)
+        self._replacement.look(rayjob, pods, next(reversed(self._logs), ""), self._filter.unfit)
         self._say_what_is_missing(rayjob, pods)
         return None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..recipes.errors import InfrastructureError
 from .kubernetes_api import Api, ApiError, Object
 from .kubernetes_checks import rayjobs
 from .kubernetes_job import QUEUE
@@ -54,21 +55,19 @@ class Replacement:
     api: Api
     name: str
     write: Callable[[bytes], None]
-    _asked: set[str] = field(default_factory=set)
-    """Nodes that it was told to keep off from here."""
+    _heard: set[str] = field(default_factory=set)
+    """Heads whose word was acted upon: later pods may have the addresses of earlier ones."""
     _released: str = ""
     """Version of the RayJob that was released; what is known of it may be older for a moment."""
 
-    def look(self, rayjob: Object, pods: Mapping[str, Object], unfit: Collection[str]) -> None:
-        """Do what is to be done now. `unfit`: addresses of the pods whose nodes are not fit."""
-        known = [*kept_off(rayjob), *self._asked]
-        new = [name for name in nodes_of(pods, unfit) if name not in known]
-        if new:
-            self._asked.update(new)
-            self._suspend(rayjob, sorted({*kept_off(rayjob), *new}), new)
-        elif self._waits_for_release(rayjob):
+    def look(self, rayjob: Object, pods: Mapping[str, Object], head: str, unfit: Collection[str]) -> None:
+        """Do what is to be done now. `unfit`: addresses of the pods whose nodes are not fit, as the driver in this head
+        has it."""
+        new = [] if head in self._heard else nodes_of(pods, unfit)
+        if new and self._suspend(rayjob, sorted({*kept_off(rayjob), *new}), new):
+            self._heard.add(head)
+        elif self._waits_for_release(rayjob) and self._patch({"spec": {"suspend": False}}, ""):
             self._released = rayjob["metadata"]["resourceVersion"]
-            self._patch({"spec": {"suspend": False}})
 
     def _waits_for_release(self, rayjob: Object) -> bool:
         """Kueue releases jobs of its queues itself."""
@@ -77,15 +76,18 @@ class Replacement:
         is_down = rayjob["spec"].get("suspend") and status.get("jobDeploymentStatus") == "Suspended"
         return bool(is_ours and is_down and metadata["resourceVersion"] != self._released)
 
-    def _suspend(self, rayjob: Object, nodes: Sequence[str], new: Sequence[str]) -> None:
+    def _suspend(self, rayjob: Object, nodes: Sequence[str], new: Sequence[str]) -> bool:
         spec = {"suspend": True, "rayClusterSpec": keeping_off(rayjob["spec"]["rayClusterSpec"], nodes)}
-        if self._patch({"metadata": {"annotations": {KEPT_OFF: ",".join(nodes)}}, "spec": spec}):
-            self.write(f"the job is started again, and keeps off {', '.join(new)}\n".encode())
+        change = {"metadata": {"annotations": {KEPT_OFF: ",".join(nodes)}}, "spec": spec}
+        return self._patch(change, f"the job is started again, and keeps off {', '.join(new)}\n")
 
-    def _patch(self, change: Object) -> bool:
+    def _patch(self, change: Object, says: str) -> bool:
+        """Whether this need not be tried again. `says`: what is shown then."""
         try:
             self.api.patch(change, *rayjobs(self.api), self.name)
+        except InfrastructureError:
+            return False  # the server is away
         except ApiError as error:
-            self.write(f"the job cannot be moved to other nodes: {error}\n".encode())
-            return False
+            says = f"the job cannot be moved to other nodes: {error}\n"
+        self.write(says.encode())
         return True

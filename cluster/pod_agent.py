@@ -210,12 +210,12 @@ class Node:
             self._say(f"{unfit_mark(self._spec['job'])}{','.join((WORK / 'unfit').read_text().split())}")
         return time.monotonic() - self._asked_s < REPLACE_S
 
-    def _say(self, mark: str) -> None:
+    def _say(self, line: str) -> None:
         """A line of its own, behind what the driver has printed."""
         self._show_log()
         if not _ends_line(WORK / "driver.log"):
             print()
-        print(mark, flush=True)
+        print(line, flush=True)
 
     def _tell(self, driver: subprocess.Popen[bytes]) -> None:
         """To save and end; where the pod is wanted back and the job is not to end, it goes on elsewhere."""

@@ -176,7 +176,7 @@ class _Node:
                 return 1
         if code == ELSEWHERE:
             unfit = (self._folder / UNFIT).read_text().split()
-            put(self._start / UNFIT, ",".join(self._names[address] for address in unfit))
+            put(self._start / UNFIT, ",".join(self._names[address] for address in unfit if address in self._names))
         put(self._start / CODE, str(outcome(code, keeper.asked)))
         return 0
 
