@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -288,15 +289,19 @@ def assert_ends_as_plain(halfway, directory):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(halfway, tmp_path, keep):
-    """The newest checkpoint lost a file. Automatically the one before is taken, if it kept its training state, and the
-    run ends with the weights it would have had; weights alone are no place to go on from."""
+@pytest.mark.parametrize(("keep", "is_cut"), [(1, False), (2, False), (2, True)])
+def test_a_run_goes_on_from_the_newest_training_state_that_is_whole(halfway, tmp_path, keep, is_cut):
+    """The newest checkpoint lost a file, or the end of one. Automatically the one before is taken, if it kept its
+    training state, and the run ends with the weights it would have had; weights alone are no place to go on from."""
     checkpoint = {"every_steps": 2, "keep_training_state": keep}
     run(tmp_path, 2, checkpoint, inputs=halfway, stop_after=5)
     directory = tmp_path / "runs" / "tiny"
     newest = read_run(directory).checkpoint
-    (newest / "training" / "exp_avg.safetensors").unlink()
+    harmed = newest / "training" / "exp_avg.safetensors"
+    if is_cut:
+        os.truncate(harmed, harmed.stat().st_size - 1)
+    else:
+        harmed.unlink()
     (tmp_path / "rendezvous").unlink()
     endings, _ = run(tmp_path, 2, checkpoint, inputs=halfway)
     before = max(step for step in (2, 4, 6) if step < int(newest.name[5:11]))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  takes long: once, before the ranks are forked
 import numpy as np
 import pytest
+import torch
 from harness import run_distributed
 from one_rank import Rank
 from tiny import recipe_for
-from training import STRATEGIES
+from training import STRATEGIES, train_all
+from transformers import AutoModelForCausalLM
 
 from ftlaunch.distributed.model import build_model
 from ftlaunch.distributed.model_files import find_model
@@ -61,6 +64,24 @@ def test_the_same_model_at_every_world_size(tmp_path, adapter, dtype):
             assert np.array_equal(values, reference[name]), f"{name} at {size} ranks, {strategy}"
     spreads = {name: values.std() for name, values in reference.items()}
     assert sum(spread > 0 for spread in spreads.values()) >= len(spreads) // 3
+
+
+def test_a_model_in_several_files_trains_alike(tmp_path):
+    """As `save_pretrained` splits it: with an index, in files that end between tensors."""
+    base = AutoModelForCausalLM.from_pretrained(recipe_for(tmp_path)["model"]["path"])
+    base.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "sharded")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
+    short = {"train": {"max_steps": 3}, "checkpoint": {"every_steps": None}}
+    recipes = [
+        recipe_for(tmp_path, name=name, model={"path": str(tmp_path / name)}, **short) for name in ("model", "sharded")
+    ]
+    whole, sharded = train_all(recipes, 2)
+    assert sharded.losses == whole.losses and len(whole.losses) == 3
+    assert sharded.grad_norms == whole.grad_norms
+    assert all(torch.equal(sharded.tensors[name], value) for name, value in whole.tensors.items())
 
 
 def test_flash_attention_that_is_not_installed(tmp_path, monkeypatch):

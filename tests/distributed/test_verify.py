@@ -22,6 +22,8 @@ from ftlaunch.launcher import cli, units
 from ftlaunch.launcher import verify as verifying
 from ftlaunch.launcher.check_progress import Counted, Progress
 
+NAMES = ("full", "half", "lora", "pissa", "qlora")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Trained]]:
@@ -40,8 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
         recipe_for(folder, name="half", model={"path": str(folder / "tied"), "dtype": "bfloat16"}, **short),
         recipe_for(folder, name="lora", adapter={**lora, "use_dora": True, "modules_to_save": ["lm_head"]}, **short),
         recipe_for(folder, name="pissa", adapter={**lora, "init": "pissa", "use_rslora": True}, **short),
+        recipe_for(folder, name="qlora", adapter={**lora, "type": "qlora"}, **short),
     ]
-    return folder, dict(zip(["full", "half", "lora", "pissa"], train_all(recipes), strict=True))
+    return folder, dict(zip(NAMES, train_all(recipes), strict=True))
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def verify(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     return code, shown.out + shown.err
 
 
-@pytest.mark.parametrize("name", ["full", "half", "lora", "pissa"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_whole_run(capsys, place, name):
     code, said = verify(capsys, name)
     assert code == 0, said
@@ -67,7 +70,7 @@ def test_a_whole_run(capsys, place, name):
     assert [Path(line).name for line in directories] == ["step-000004.a1", "step-000002.a1"]
     assert said.count("\n  whole\n") == 2
     assert said.count("headers and index agree") == said.count("all finite") == 2
-    library = "peft" if name in ("lora", "pissa") else "transformers"
+    library = "transformers" if name in ("full", "half") else "peft"
     assert said.count(f"by from_pretrained ({library}) and by the engine") == 2
     assert said.count("with training state") == said.count("weights only") == 1
 

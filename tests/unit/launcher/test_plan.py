@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ftlaunch.distributed.checkpoint.layout import num_elements, open_folder
-from ftlaunch.launcher import cli, plan_view
+from ftlaunch.launcher import cli, plan_view, units
 from ftlaunch.launcher.hardware import Machine, parse_mebibytes
 from ftlaunch.launcher.plan_data import SourcePlan
 from ftlaunch.launcher.plan_duration import SampleStats, plan_duration
@@ -417,6 +417,24 @@ def test_the_terminal_shows_every_default_and_figure(capsys, place):
     wanted += ["saved while training waits", "strategy fsdp", "a rank (an estimate, at its most in"]
     wanted += ["eval, text (found from its columns), 5 rows, 1 file of", "train, prompt_completion (found from"]
     assert [part for part in wanted if part not in out] == []
+
+
+def test_the_terminal_shows_memory_by_part(capsys, place, monkeypatch):
+    """Weights, gradients, optimizer, what is gathered, activations and the loss; on the host the copies for saves."""
+    monkeypatch.setattr(plan_view, "this_machine", lambda: Machine(gpus=0, cores=2, memory_bytes=10**12))
+    words = ("cluster.processes_per_node=2", "model.dtype=bfloat16", "train.global_batch_size=8")
+    memory = plan_json(capsys, *words)["strategy"]["memory"]
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "loss")
+    assert cli.main(["plan", "bot.yaml", *words]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert memory["weights"] and memory["staging"], memory
+    shown = ", ".join(f"{part} {units.size(memory[part])}" for part in parts if memory[part])
+    assert f"(an estimate, at its most in {memory['moment']}: {shown})" in out
+    staging = f"{units.size(memory['staging'])} of copies where checkpoints are written beside the training"
+    assert f"on the host {staging}" in out
+    assert memory["staging"] == pytest.approx((2 + 4 + 8) * PARAMETERS / 2, abs=1)
+    assert cli.main(["plan", "bot.yaml", *words, "checkpoint.mode=sync"]) == 0
+    assert "of copies where" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_terminal_says_what_auto_chooses_and_why(capsys, place):

@@ -100,6 +100,11 @@ def test_duplicate_keys_show_both_lines_and_hide_nothing_else(problems: Any) -> 
         ("method: {type: sft, sequence_length: 8}", "method.sequence_length", "belongs under data"),
         ("method: {type: cpt, train_on: all}", "method.train_on", "train_on belongs to method of type sft"),
         ("strategy: fsdp", "strategy", "found text 'fsdp'"),
+        (
+            "strategy: {type: deepspeed, offload_optimizer: nvme}",
+            "strategy.offload_optimizer",
+            "expected one of none, cpu; found text 'nvme'",
+        ),
         ("train: {betas: [0.9]}", "train.betas", "expected a list of 2"),
         ("train: {betas: [0.9, 2]}", "train.betas.1", "below 1"),
         ("train: {learning_rate: .nan}", "train.learning_rate", "found number nan"),
