@@ -90,6 +90,8 @@ class Need:
     """The run's."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """The variables here, of which `cluster.env` names those that travel."""
+    tell: Callable[[str], None] = lambda _line: None
+    """Says to whoever waits how far nodes that take minutes are."""
 
 
 @dataclass(frozen=True)

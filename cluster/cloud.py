@@ -102,10 +102,6 @@ class Cloud:
                 raise InfrastructureError(f"{error}\n{said}") from error
             raise
         self._is_ours = False
-        assert self._access is not None
-        assert self._machines is not None
-        self._access.release()
-        self._machines.under_way()
         return record
 
     def _up(self, driver: Driver, code: CodeFolder) -> Record:
@@ -114,12 +110,18 @@ class Cloud:
         access = self._access = Access(self._config)
         machines = self._make()
         found = machines.running(least_nodes(self._config.nodes))
+        self._need.tell(f"{len(found)} machines run in {machines.region}; they are set up when they let us in …")
         self._make_ready(found)
+        self._need.tell("they are ready; starting Ray there …")
         hosts = self._hosts = _Hosts(access, [_address(each) for each in found], self._need, self._job)
         if problems := hosts.problems():
             raise UserError("\n".join(problems))
+        # Before the run is under way: afterwards, who takes these machines for left-overs would end it.
+        machines.under_way()
         hosts.record = lambda theirs: self._record(theirs, machines.region, access.host_keys)
-        return hosts.up(driver, code)
+        record = hosts.up(driver, code)
+        access.release()
+        return record
 
     def _end_ours(self) -> None:
         """The machines of a run that is not under way."""
@@ -132,13 +134,16 @@ class Cloud:
         config, refused = self._config, []
         for region in config.regions:
             machines = self._machines = Machines(config, region, self._job)
-            machines.end_stale()
+            if stale := machines.end_stale():
+                self._need.tell(f"{region}: {', '.join(stale)} were left by a launcher that died, and are ended")
+            self._need.tell(f"{region}: asking for {most_nodes(config.nodes)} machines of {config.instance_type} …")
             try:
                 machines.make(
                     self._need.name, most_nodes(config.nodes), least_nodes(config.nodes), self._described(region)
                 )
             except NoRoom as error:
                 refused.append(str(error))
+                self._need.tell(str(error))
                 machines.end()
             else:
                 return machines
@@ -163,12 +168,16 @@ class Cloud:
         """All at once. Raises UserError or InfrastructureError with what all say that failed."""
         assert self._access is not None
         access, failed = self._access, []
-        with ThreadPoolExecutor(min(len(machines), AT_ONCE)) as pool:
+        pool = ThreadPoolExecutor(min(len(machines), AT_ONCE))
+        try:
             for done in [pool.submit(access.make_ready, _address(each)) for each in machines]:
                 try:
                     done.result()
                 except HostError as error:
                     failed.append(error)
+        finally:
+            access.give_up()  # nothing is going on any more, unless somebody does not want to wait
+            pool.shutdown()
         if failed:
             kind = UserError if any(error.mendable for error in failed) else InfrastructureError
             raise kind("\n".join(map(str, failed)))
@@ -192,9 +201,8 @@ class Cloud:
         try:
             there = {each.address for each in cluster._machines.listed()}
             left = [host for host in record["hosts"] if host in there]
-            if (
-                record["driver"] in there
-            ):  # the run is over without its driver, and the other machines end by themselves
+            # Without its driver the run is over, and the other machines end by themselves.
+            if record["driver"] in there:
                 cluster._hosts = _Hosts(cluster._access, left, cluster._need, record["job"])
                 with contextlib.suppress(InfrastructureError):
                     cluster._hosts.connect()

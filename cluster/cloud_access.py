@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,9 +83,10 @@ def own_key() -> Path:
 def public_key(path: Path) -> str | None:
     """Of a private key's file; None where it cannot be told."""
     command = ["ssh-keygen", "-y", "-P", "", "-f", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode == 0:
-        return done.stdout.strip()
+    with contextlib.suppress(FileNotFoundError):  # there is no OpenSSH, which `problems` says
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode == 0:
+            return done.stdout.strip()
     beside = path.with_name(f"{path.name}.pub")
     return beside.read_text().strip() if beside.is_file() else None
 
@@ -102,6 +104,8 @@ class Access:
         self._known = Path(self._folder.name) / "known_hosts"
         _write(self._known, host_keys)
         self._holds: list[subprocess.Popen[bytes]] = []
+        self._talks: set[subprocess.Popen[str]] = set()
+        self._over = threading.Event()
         theirs = Path(config.ssh_config).expanduser() if config.ssh_config else Path.home() / ".ssh" / "config"
         text = SSH_CONFIG.format(known=_percent(self._known), strict="yes" if host_keys else "accept-new")
         if theirs.is_file():
@@ -159,7 +163,8 @@ class Access:
             if now_s - began_s > REACH_S or now_s - (refused_s or now_s) > REFUSED_S:
                 said = f"host {address}: {error}, {now_s - began_s:.0f} s after it began to run"
                 raise HostError(said, mendable=error.mendable)
-            time.sleep(AGAIN_S)
+            if self._over.wait(AGAIN_S):
+                raise HostError(f"host {address}: it is not waited for any more")
 
     def _why_not(self, address: str) -> HostError | None:
         """Why it does not let us in; None: it does."""
@@ -180,10 +185,27 @@ class Access:
             raise HostError(f"host {address}: {failed}: {' / '.join(said) or code}", mendable=True)
 
     def _shell(self, address: str, line: str, text: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ssh_shell(self.section([address]), address, line), input=text, capture_output=True, text=True,
-            timeout=timeout_s, check=False, start_new_session=True,
-        )  # fmt: skip
+        command, pipe = ssh_shell(self.section([address]), address, line), subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        ) as talk:  # fmt: skip
+            self._talks.add(talk)
+            try:
+                if self._over.is_set():  # since before it could be ended with the others
+                    talk.kill()
+                out, errors = talk.communicate(text, timeout=timeout_s)
+            except BaseException:
+                talk.kill()
+                raise
+            finally:
+                self._talks.discard(talk)
+        return subprocess.CompletedProcess(command, talk.returncode, out, errors)
+
+    def give_up(self) -> None:
+        """End what is going on between here and machines."""
+        self._over.set()
+        for talk in list(self._talks):
+            talk.kill()
 
     def release(self) -> None:
         """The machines are not ours to hold any more: the run's own signs of life count."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Machines:
         """Ask for machines; with `least` of them it is content. Raises NoRoom, and what `meant` makes of other
         failures. There may be machines then."""
         with meant(self._cloud, self.region):
-            self._check_packages()
+            self._prepare_ray()
             values = self._cloud.ready(values)
             self._open(values["provider"])
             node = values["available_node_types"][described.WORKER]["node_config"]
@@ -117,12 +118,13 @@ class Machines:
         """End all, and wait until the provider says so. Raises InfrastructureError."""
         deadline_s = time.monotonic() + GONE_S
         with meant(self._cloud, self.region):
-            provider = self._opened()
-            while keys := provider.non_terminated_nodes({described.JOB: self._job}):
+            provider, ours = self._opened(), {described.JOB: self._job}
+            while keys := provider.non_terminated_nodes(ours):
                 if time.monotonic() > deadline_s:
                     raise InfrastructureError(f"{self.region}: {', '.join(keys)} are not gone after {GONE_S:g} s")
                 provider.terminate_nodes(keys)
-                time.sleep(min(POLL_S, 0.2 if self._config.provider == "aws" else POLL_S))
+                if provider.non_terminated_nodes(ours):
+                    time.sleep(POLL_S)
 
     def end_stale(self) -> list[str]:
         """End what launchers that died have left of any run; their names at the provider."""
@@ -134,28 +136,34 @@ class Machines:
                 provider.terminate_nodes(stale)
             return stale
 
-    def _check_packages(self) -> None:
+    def _prepare_ray(self) -> None:
+        """Its launcher tells its every step, on two ways; only why it gives up is of interest."""
         if missing := missing_packages(self._config.provider):
             raise UserError(missing)
+        from ray.autoscaler._private.cli_logger import cli_logger
+
+        logging.getLogger("ray.autoscaler").setLevel(logging.CRITICAL)
+        cli_logger._print = _hear
 
     def _open(self, section: Values) -> None:
-        from ray.autoscaler._private.cli_logger import cli_logger
         from ray.autoscaler._private.providers import _get_node_provider
 
-        # It tells its every step, on two ways.
-        logging.getLogger("ray.autoscaler").setLevel(logging.CRITICAL)
-        cli_logger._print = _say_nothing
         self._provider = _get_node_provider(section, described.NAME, use_cache=False)
 
     def _opened(self) -> Any:
         if self._provider is None:
-            self._check_packages()
+            self._prepare_ray()
             self._open(self._cloud.provider(self._config, self.region))
         return self._provider
 
 
-def _say_nothing(*_words: Any, **_options: Any) -> None:
-    pass
+_complaints: deque[str] = deque(maxlen=4)
+"""What Ray's launcher has printed lately of what is wrong; what it raises may say nothing."""
+
+
+def _hear(message: str, _level_str: str = "INFO", **_options: Any) -> None:
+    if _level_str in ("ERROR", "PANIC"):
+        _complaints.append(message.strip())
 
 
 def _age_s(tags: dict[str, str]) -> float:
@@ -168,6 +176,7 @@ def _age_s(tags: dict[str, str]) -> float:
 def meant(cloud: Cloud, place: str) -> Iterator[None]:
     """What a provider refuses, in our words: raises NoRoom, UserError and InfrastructureError for what its clients
     raise."""
+    _complaints.clear()
     try:
         yield
     except FtlaunchError:
@@ -196,7 +205,7 @@ def said_by(error: BaseException) -> str:
     category, description = getattr(error, "category", None), getattr(error, "description", None)
     if category and description:
         return f"{category}: {description}"
-    return str(error) or type(error).__name__
+    return str(error) or " / ".join(_complaints) or type(error).__name__
 
 
 def missing_packages(provider: str) -> str | None:

@@ -65,19 +65,20 @@ def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], conso
 def _fit(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> tuple[LoadedRecipe, SubmittedCluster]:
     """The cluster, with nothing wrong with it. What is unfit is left out, and what is wrong is told of what is left;
     where nothing could stand in, all that is wrong is told first."""
-    cluster = None if has_spares(loaded) else _checked(loaded, environ)
+    cluster = None if has_spares(loaded) else _checked(loaded, environ, console)
     try:
         fit = with_fit_hosts(loaded, environ, lambda line: say(console, f"warning: {line}", "yellow"))
     except BaseException:
         if cluster is not None:
             cluster.down()
         raise
-    return fit, cluster or _checked(fit, environ)
+    return fit, cluster or _checked(fit, environ, console)
 
 
-def _checked(loaded: LoadedRecipe, environ: Mapping[str, str]) -> SubmittedCluster:
+def _checked(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> SubmittedCluster:
     """Raises UserError with all that is wrong."""
-    cluster = build_submitted(loaded.recipe.cluster, need_of(loaded.recipe, environ))
+    need = replace(need_of(loaded.recipe, environ), tell=lambda line: say(console, line))
+    cluster = build_submitted(loaded.recipe.cluster, need)
     try:
         if problems := cluster.problems():
             raise UserError("\n".join(problems))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from cloud_site import AWAY, HOME, CloudSite, wait_until
 from processes import Command, ftlaunch, run
 from tiny import recipe_for, write_recipe
+from training import read_run
 
 from ftlaunch.cluster.base import Driver, Need
 from ftlaunch.cluster.cloud import Cloud
@@ -166,6 +168,8 @@ def test_a_refusal_that_no_region_changes(site):
         Cloud(section(site, **regions(site)), Need("/")).up(DRIVER, never)
     assert not [line for line in site.asked() if line.startswith(AWAY)]
     assert site.machines() == []
+    with pytest.raises(UserError, match=f"{HOME}: .*subnet-00000000"):
+        Cloud(section(site, machine={"SubnetIds": ["subnet-00000000"]}), Need("/")).up(DRIVER, never)
 
 
 def test_machines_that_nobody_can_log_in_to_are_given_back(site, monkeypatch):
@@ -208,22 +212,68 @@ def work(cloud: CloudSite, request) -> Path:
     return path
 
 
-def test_a_launcher_killed_while_it_starts_leaves_nothing(cloud, work):
-    """With SIGKILL, while lines of `setup` run on the machines: they see that nobody holds them any more."""
-    cluster = cloud.cluster(nodes=2, shared_paths=[str(work)], setup=["sleep 600"], idle_minutes=0.4)
-    write_recipe(work / "killed.yaml", {**recipe_for(work, cluster=cluster), "name": "killed"})
-    command = Command(ftlaunch("killed.yaml"), work, cloud.environ)
+def prepare(cloud: CloudSite, work: Path, name: str, steps: int, **changes: object) -> Path:
+    """A recipe whose machines end themselves after half a minute without a run; the directory of its run."""
+    cluster = cloud.cluster(
+        shared_paths=[str(work)], python=sys.executable, idle_minutes=0.4, doctor=False,
+        env=["OMP_NUM_THREADS", "HF_HUB_*"], **changes,
+    )  # fmt: skip
+    write_recipe(work / f"{name}.yaml", {**recipe_for(work, train={"max_steps": steps}, cluster=cluster), "name": name})
+    return work / "runs" / name
+
+
+def test_machines_end_without_anybody(cloud, work):
+    """Those of a launcher that got SIGKILL while lines of `setup` ran on them, and those of a run that went on without
+    its launcher and has ended."""
+    directory = prepare(cloud, work, "alone", 3)
+    prepare(cloud, work, "killed", 3, nodes=2, setup=["sleep 600"])
+    killed = Command(ftlaunch("killed.yaml"), work, cloud.environ)
     try:
+        code, said = run(ftlaunch("alone.yaml", "--detach"), work, cloud.environ)
+        assert code == 0, said
+        assert "asking for 1 machines of m5.large" in said
         wait_until(
             lambda: sum(bool(host.processes("sleep 600")) for host in list(cloud.hosts.members.values())) == 2,
-            lambda: command.text,
+            lambda: killed.text,
         )
-        assert len(cloud.machines()) == 2
+        assert len(cloud.machines()) == 3
     finally:
-        os.kill(command.process.pid, signal.SIGKILL)
-        command.process.wait()
-    wait_until(lambda: cloud.machines() == [], lambda: f"{cloud.machines()}, {cloud.failed}")
-    assert len(cloud.machines("terminated")) >= 2
+        os.kill(killed.process.pid, signal.SIGKILL)
+        killed.process.wait()
+    wait_until(lambda: cloud.machines() == [], lambda: f"{cloud.machines()}, {cloud.failed}", 120.0)
+    assert [line["step"] for line in read_run(directory).steps] == [1, 2, 3]
+    code, said = run(ftlaunch("attach", "alone"), work, cloud.environ)
+    assert code == 0, said
+
+
+def test_a_run_is_found_again_and_stopped_with_its_machines(cloud, work):
+    directory = prepare(cloud, work, "long", 400)
+    code, said = run(ftlaunch("long.yaml", "--detach"), work, cloud.environ)
+    assert code == 0, said
+    [submission] = (directory / "submissions").glob("*.json")
+    record = json.loads(submission.read_text())
+    assert record["region"] == HOME
+    assert cloud.environ["AWS_SECRET_ACCESS_KEY"] not in submission.read_text()
+    states = {tag["Value"] for one in cloud.machines() for tag in one["Tags"] if tag["Key"] == "ftlaunch-state"}
+    assert states == {"running"}
+
+    log = directory / "metrics.jsonl"
+    wait_until(lambda: log.exists() and '"step":2,' in log.read_text(), lambda: said)
+
+    record["host_keys"] = record["host_keys"].replace("AAAAC3", "AAAAC4").replace("AAAAB3", "AAAAB4")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cloud.environ.items():
+            patch.setenv(name, value)
+        strange = Cloud.find(record)  # whoever answers there now is somebody else
+        assert "which do not answer" in strange.standing()
+        strange.down()
+
+    code, said = run(ftlaunch("stop", "long"), work, cloud.environ)
+    assert code == 0, said
+    assert json.loads((directory / "attempts/a1.end.json").read_text())["outcome"] == "interrupted"
+    assert cloud.machines() == []
+    code, said = run(ftlaunch("stop", "long"), work, cloud.environ)  # there is nothing to stop
+    assert code == 0, said
 
 
 def test_a_setup_that_fails_is_told_and_its_machines_given_back(cloud, work):
@@ -234,4 +284,15 @@ def test_a_setup_that_fails_is_told_and_its_machines_given_back(cloud, work):
     assert code == 1, said
     assert said.count("setting it up failed: ") == 2
     assert "/no/such/file" in said
+    assert cloud.machines() == []
+
+
+def test_ctrl_c_while_machines_are_set_up_gives_them_back(cloud, work):
+    prepare(cloud, work, "given-up", 3, setup=["sleep 600"])
+    command = Command(ftlaunch("given-up.yaml"), work, cloud.environ)
+    wait_until(
+        lambda: any(host.processes("sleep 600") for host in list(cloud.hosts.members.values())), lambda: command.text
+    )
+    command.interrupt()
+    assert command.wait() == 130, command.text
     assert cloud.machines() == []

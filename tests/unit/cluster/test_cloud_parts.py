@@ -241,6 +241,16 @@ def test_versions_of_here_are_installed_there():
     assert setup_script(section(python="/opt/p/bin/python")).split() == ["set", "-e"]
 
 
+def test_the_environment_is_made(tmp_path, monkeypatch):
+    """For real, but for what is in every environment already."""
+    place = tmp_path / "a home's .ftlaunch"
+    monkeypatch.setattr("ftlaunch.cluster.cloud_boot.environment_of", lambda _config: str(place))
+    monkeypatch.setattr("ftlaunch.cluster.cloud_boot.pinned", lambda: ["pip>=1"])
+    done = subprocess.run(["bash", "-s"], input=setup_script(section()), text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (place / "bin" / "python").exists()
+
+
 def test_the_first_line_that_fails_ends_the_setup(tmp_path):
     text = setup_script(section(setup=[f"cd {tmp_path}", "touch first", "false", "touch second"], python="/p"))
     done = subprocess.run(["bash", "-s"], input=text, text=True, check=False)
