@@ -1,9 +1,9 @@
 """Does a strategy cost more than the library that does it, driven by hand? Steps of two gloo ranks on the CPU.
 
 `ddp` against torch's DistributedDataParallel, `fsdp` against torch's `fully_shard`, ZeRO-1, 2 and 3 against
-`deepspeed.initialize`, each in the loop of its tutorial: the same model, tokens per step, dtype, optimizer and number
-of threads. Both sides of a strategy live for its whole part of the benchmark, frozen (SIGSTOP) while the other has its
-turn. The limit is the library.
+`deepspeed.initialize`, `lora` (an adapter under `fsdp`) against peft within `fully_shard`, each in the loop of its
+tutorial: the same model, tokens per step, dtype, optimizer and number of threads. Both sides of a strategy live for its
+whole part of the benchmark, frozen (SIGSTOP) while the other has its turn. The limit is the library.
 """
 
 from __future__ import annotations

@@ -30,23 +30,31 @@ MAX_NORM = 1.0
 Step = Callable[[Tensor], Tensor]
 """One update on a rank's tokens [B, S]; its loss."""
 
+LORA_RANK = 16
+
 OURS: dict[str, dict[str, Any]] = {
-    "ddp": {"type": "ddp"},
-    "fsdp": {"type": "fsdp"},
-    **{f"zero{stage}": {"type": "deepspeed", "stage": stage} for stage in (1, 2, 3)},
+    "ddp": {"strategy": {"type": "ddp"}},
+    "fsdp": {"strategy": {"type": "fsdp"}},
+    **{f"zero{stage}": {"strategy": {"type": "deepspeed", "stage": stage}} for stage in (1, 2, 3)},
+    "lora": {
+        "strategy": {"type": "fsdp"},
+        "adapter": {"type": "lora", "rank": LORA_RANK, "alpha": 2 * LORA_RANK, "target_modules": "all-linear"},
+    },
 }
+"""Name -> sections of the recipe."""
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     """As everybody sets it up."""
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, weight_decay=0.0)
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, input_ids: Tensor) -> Tensor:
     """One step of a plain torch loop."""
     loss: Tensor = model(input_ids=input_ids, labels=input_ids).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
     optimizer.step()
     optimizer.zero_grad()
     return loss
@@ -66,6 +74,19 @@ def fsdp(work: Work) -> Step:
 
     model = load_model(work)
     for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return partial(update, model, adamw(model))
+
+
+def lora(work: Work) -> Step:
+    """peft's adapter of every linear layer but the head, within torch's `fully_shard`."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(work), config)
+    for layer in model.get_base_model().model.layers:
         fully_shard(layer)
     fully_shard(model)
     return partial(update, model, adamw(model))
@@ -100,6 +121,7 @@ BY_HAND: dict[str, Callable[[Work], Step]] = {
     "zero1": partial(zero, 1),
     "zero2": partial(zero, 2),
     "zero3": partial(zero, 3),
+    "lora": lora,
 }
 
 
@@ -137,7 +159,7 @@ def train_with_ftlaunch(strategy: str, work: Work, rank: int, rendezvous: str, m
         "learning_rate": LEARNING_RATE,
         "global_batch_size": RANKS * work.batch,
     }
-    path = write_recipe(work.folder / f"{strategy}-{rank}.yaml", {**sections, "strategy": OURS[strategy]})
+    path = write_recipe(work.folder / f"{strategy}-{rank}.yaml", {**sections, **OURS[strategy]})
     world = World(rank=rank, size=RANKS, local_rank=rank, local_size=RANKS)
     run_rank(Job(load_recipe(str(path), (), environ={}), world, rendezvous, monitor))
 
