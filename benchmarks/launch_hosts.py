@@ -15,18 +15,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, Table, arguments, interleave, parse, program, write_results
-from launch import ROWS, SIZE, first_step_s
+from launch import ROWS, first_step_s
+from launch import SIZE as ONE_HOST
 from workload import recipe, write_model, write_recipe, write_text
 
 CLAIM = "From the command to the end of the first optimizer step on three hosts: seconds behind bare torchrun."
 NAMES = ("alpha", "beta", "gamma")
 PORT = 29_400
+SIZE = replace(ONE_HOST, batch=6)
+"""Two rows for each rank."""
 
 
 def write_inputs(folder: Path, seed: int, cluster: dict[str, Any]) -> None:
@@ -45,7 +48,7 @@ def agent(folder: Path, hosts: Any, rank: int) -> list[str]:
     words = [
         "env", f"GLOO_SOCKET_IFNAME={hosts.switch}p{rank + 1}", "OMP_NUM_THREADS=1",
         program("torchrun"), "--nnodes", str(len(NAMES)), "--node-rank", str(rank), "--nproc-per-node", "1",
-        "--master-addr", first.address, "--master-port", str(PORT), plain, "model", "text.jsonl",
+        "--master-addr", first.address, "--master-port", str(PORT), plain, "model", "text.jsonl", str(SIZE.batch),
     ]  # fmt: skip
     remote = f"cd {shlex.quote(str(folder))} && {shlex.join(words)}"
     return ["ssh", "-F", str(hosts.ssh_config), NAMES[rank], remote]
