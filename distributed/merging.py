@@ -11,7 +11,7 @@ Shapes: a weight W [rows, columns]; `up` [rows, rank] and `down` [rank, columns]
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -240,9 +240,14 @@ class MergedTensors:
             )
 
 
-def in_dtype(specs: Sequence[TensorSpec], dtype: str | None) -> list[TensorSpec]:
-    """Floating-point tensors in another dtype (safetensors' name), the others as they are; None: all as they are."""
-    return [replace(spec, dtype=dtype) if dtype and spec.dtype in FLOATS else spec for spec in specs]
+def in_dtype(specs: Sequence[TensorSpec], dtype: str | None, kept: Set[str] = frozenset()) -> list[TensorSpec]:
+    """Floating-point tensors in another dtype (safetensors' name), the others and those named in `kept` as they are;
+    None: all as they are."""
+
+    def wanted(spec: TensorSpec) -> str:
+        return dtype if dtype and spec.dtype in FLOATS and spec.name not in kept else spec.dtype
+
+    return [replace(spec, dtype=wanted(spec)) for spec in specs]
 
 
 def cast(block: Tensor, spec: TensorSpec) -> Tensor:

@@ -6,6 +6,7 @@ stored files or drawn by `initialise.py`, each rank filling just its part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from ..recipes.errors import UserError
 from ..recipes.schema import Recipe
 from .adapter import adapt
 from .loss_model import LossModel
+from .persistent import persistent_buffers, set_dtypes
 from .quantized import Packing, packings, quantize_base
 from .stored_layout import AS_IT_IS, StoredLayout, layout_of
 
@@ -36,12 +38,15 @@ class BuiltModel:
     an adapter it holds the adapter's tensors only. `base` maps to names in the folder that the run starts from.
     `shapes` are those of whole parameters, which a strategy may hold flat; `tables` the names of embeddings and heads,
     which some optimizers treat otherwise; `packed` weights of the base that are held in 4 bits, by their stored names.
-    Tied parameters appear once. What files call a tensor of the base, or what pieces of it they hold, `layout` says.
+    Tied parameters appear once. `buffers` maps what the folder holds beside parameters to its names there
+    (`buffers.py`). What files call a tensor of the base, or what pieces of it they hold,
+    `layout` says.
     """
 
     loss_model: LossModel
     published: dict[str, str]
     base: dict[str, str]
+    buffers: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     tables: frozenset[str]
     packed: dict[str, Packing]
@@ -60,7 +65,15 @@ class BuiltModel:
     def frozen(self) -> frozenset[str]:
         """Names, as `published`, of what is stored and not trained."""
         trained = {name for name, parameter in self.loss_model.named_parameters() if parameter.requires_grad}
-        return frozenset(published for name, published in self.published.items() if name not in trained)
+        frozen = frozenset(published for name, published in self.published.items() if name not in trained)
+        return frozen.union(self.published_buffers().values())
+
+    def published_buffers(self) -> dict[str, str]:
+        """As `published`: with an adapter those of modules that are trained whole, which peft wants beside their
+        parameters; all others are its base's."""
+        if not self.has_adapter:
+            return self.buffers
+        return {name: adapter_name(name) for name in self.buffers if is_copy(name)}
 
     def blocks(self) -> list[nn.Module]:
         """The layers that are compiled, sharded and recomputed each as one."""
@@ -77,7 +90,7 @@ class BuiltModel:
 
     def copied_from(self, name: str) -> str | None:
         """For a copy that is trained whole beside an adapter: the stored name of what it starts as."""
-        return self.base[name.replace(".modules_to_save.default.", ".original_module.")] if is_copy(name) else None
+        return _original_name(name) if is_copy(name) else None
 
 
 def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
@@ -97,8 +110,9 @@ def build_model(recipe: Recipe, folder: ModelFolder) -> BuiltModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in loss_model.named_parameters()}
     base = {name: base_name(name) for name in shapes if not is_adapter_tensor(name)}
     published = {name: adapter_name(name) for name in shapes if is_adapter_tensor(name)} if has_adapter else base
+    buffers = {name: _original_name(name) for name, _ in persistent_buffers(loss_model)}
     packed = {base[name]: packing for name, packing in packings(loss_model).items()}
-    return BuiltModel(loss_model, published, base, shapes, _tables(loss_model), packed, has_adapter, layout)
+    return BuiltModel(loss_model, published, base, buffers, shapes, _tables(loss_model), packed, has_adapter, layout)
 
 
 def _tables(loss_model: LossModel) -> frozenset[str]:
@@ -118,8 +132,14 @@ def _structure(recipe: Recipe, folder: ModelFolder) -> Any:
     attention = "sdpa" if recipe.model.attention == "auto" else recipe.model.attention
     try:
         config = AutoConfig.from_pretrained(folder.local_small_files)
-        with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+        def make(dtype: torch.dtype) -> Any:
+            with torch.device("meta"):
+                own = copy.deepcopy(config)  # it is told the dtype
+                return AutoModelForCausalLM.from_config(own, attn_implementation=attention, dtype=dtype)
+
+        causal_lm = make(torch.float32)
+        set_dtypes(causal_lm, DTYPES[recipe.model.dtype], make)
     except (ValueError, ImportError, KeyError) as error:
         if isinstance(error, ImportError) and attention == "flash_attention_2":
             raise UserError(f"model.attention: {error} It is in pip install flash-attn; auto needs none.") from error
@@ -182,6 +202,11 @@ def base_name(name: str) -> str:
     while ".base_layer." in name:  # one within the other, where several tensors of a module have adapters
         name = name.replace(".base_layer.", ".")
     return name.replace(".original_module.", ".")
+
+
+def _original_name(name: str) -> str:
+    """The same, of a copy that is trained whole beside an adapter that of what it starts as."""
+    return base_name(name.replace(".modules_to_save.default.", ".original_module."))
 
 
 def adapter_name(name: str) -> str:

@@ -18,12 +18,14 @@ from torch import Tensor
 from ..recipes.errors import UserError
 from ..recipes.schema import Recipe
 from . import storage
+from .buffers import Buffers
 from .checkpoint.layout import num_elements
 from .checkpoint.reader import CheckpointReader, read_whole
 from .initialise import fill_buffers
 from .loss_model import own_logits as logits_of
 from .model import build_model
 from .model_files import ModelFolder, find_model
+from .persistent import persistent_buffers
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -110,12 +112,21 @@ def own_logits(directory: str, base: ModelFolder | None, config: dict[str, Any] 
     built.loss_model.load_state_dict(values, strict=False, assign=True)
     built.loss_model.causal_lm.tie_weights()
     fill_buffers(built.loss_model, torch.device("cpu"))
+    Buffers(built, 1).load_base(stored)
     tokens = probe(built.config.get_text_config().vocab_size)
     with torch.no_grad():
         return logits_of(built.loss_model.eval(), {"input_ids": tokens})
 
 
-def _recipe(folder: ModelFolder, config: dict[str, Any] | None) -> Recipe:
+def precise_buffers(folder: ModelFolder) -> frozenset[str]:
+    """Stored names of a model's buffers that transformers holds in fp32 whatever its dtype is: they are not to be cast.
+    Raises UserError."""
+    built = build_model(_recipe(folder, None, "bfloat16"), folder)
+    precise = {name for name, place in persistent_buffers(built.loss_model) if place.value.dtype == torch.float32}
+    return frozenset(built.layout.names(built.buffers[name] for name in precise))
+
+
+def _recipe(folder: ModelFolder, config: dict[str, Any] | None, dtype: str = "float32") -> Recipe:
     """What `build_model` has to know, from the files themselves: a pulled folder has no run around it. An adapter that
     started within the weights is stored as a plain one, and read as that."""
     adapter = config and {
@@ -130,7 +141,7 @@ def _recipe(folder: ModelFolder, config: dict[str, Any] | None) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "verify",
-            "model": {"path": folder.url, "dtype": "float32"},
+            "model": {"path": folder.url, "dtype": dtype},
             "data": {"train": [{"path": "none.jsonl"}]},
             "adapter": adapter,
         }

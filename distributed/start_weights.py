@@ -49,7 +49,9 @@ def load_weights(
             if recipe.model.init == "pretrained" and (attempt.resume is None or built.has_adapter):
                 base = built.layout.joined(open_weights(folder, share, pickles=recipe.model.allow_pickle))
                 reader = QuantizingReader(base, built.packed, group.world.device)
-                check_base(built, reader)
+                left_out = check_base(built, reader)
+                if recorder and left_out:
+                    recorder.message(_buffers_note(left_out), level="warning")
                 if recipe.model.keep_optimizer_state:
                     load_with_optimizer(engine, built, folder.url, share)
                 else:
@@ -61,6 +63,14 @@ def load_weights(
             base = built.layout.joined(open_weights(folder, share, pickles=recipe.model.allow_pickle))
             start_adapter(engine, built, recipe, base, group)
     return state
+
+
+def _buffers_note(left_out: Sequence[str]) -> str:
+    names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
+    return (
+        f"model.path: {len(left_out)} buffers of the model are not in the files ({names}); they have the values that "
+        "models of this type begin with"
+    )
 
 
 def open_weights(folder: ModelFolder, share: Share | None = None, *, pickles: bool = False) -> FragmentReader:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..recipes.errors import UserError
 from .checkpoint.exchange import Range
 from .checkpoint.fragments import Fragment, FragmentReader, TensorSpec
+from .persistent import persistent_buffers
 
 READS_AT_ONCE = 8
 """Of a tensor's parts: the experts of a layer are small, and a store answers each request in some 20 ms."""
@@ -162,12 +163,10 @@ def layout_of(causal_lm: Any) -> StoredLayout:
 
 
 def _tensors(causal_lm: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, tied ones once, and buffers that files have: a learned one must be found, whatever it is called."""
+    """What files have: parameters, tied ones once, and persistent buffers."""
     yield from causal_lm.named_parameters()
-    for prefix, module in causal_lm.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}".removeprefix("."), buffer
+    for name, place in persistent_buffers(causal_lm):
+        yield name, place.value
 
 
 def _covers(pieces: Sequence[Piece], count: int) -> bool:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from ..recipes.errors import UserError
+from .buffers import stored_shapes
 from .checkpoint.fragments import FragmentReader
-from .model import BuiltModel, base_name
+from .initialise import unset_buffers
+from .model import BuiltModel
 
 SHOWN = 5
 
 
-def check_base(built: BuiltModel, reader: FragmentReader) -> None:
+def check_base(built: BuiltModel, reader: FragmentReader) -> list[str]:
     """Raises UserError that names missing tensors and other shapes. Tensors that the model has no use for are no
-    error: folders carry heads and buffers of older versions."""
+    error: folders carry heads and buffers of older versions. Returns the names of buffers that the files leave out and
+    that the model's own initialisation sets, which is what transformers takes for them."""
     stored = set(reader.names())
-    missing = [name for name in built.base.values() if name not in stored]
-    shapes = [
-        f"{there} is {reader.spec(there).shape} in the files and {built.shapes[name]} in config.json"
-        for name, there in built.base.items()
-        if there in stored and reader.spec(there).shape != built.shapes[name]
+    shapes = {there: built.shapes[name] for name, there in built.base.items()}
+    buffers = stored_shapes(built)
+    left_out = [name for name in buffers if name not in stored]
+    missing = [name for name in shapes if name not in stored]
+    if left_out:
+        unset = {built.buffers[name] for name in unset_buffers(built.loss_model)}
+        missing += [name for name in left_out if name in unset]
+    others = [
+        f"{name} is {reader.spec(name).shape} in the files and {shape} in config.json"
+        for name, shape in {**shapes, **buffers}.items()
+        if name in stored and reader.spec(name).shape != shape
     ]
-    refuse_stored_buffers(built, reader, stored)
-    if missing or shapes:
+    if missing or others:
         raise UserError(
             "model.path: the weights do not fit config.json.\n"
             + _listed("missing from the files", [name for name in built.layout.names(missing) if name not in stored])
-            + _listed("other shapes", shapes)
+            + _listed("other shapes", others)
             + "Give a folder whose config.json belongs to its weights."
         )
+    return left_out
 
 
 def check_stored(directory: str, shapes: Mapping[str, tuple[int, ...]], reader: FragmentReader) -> None:
@@ -52,29 +59,6 @@ def check_stored(directory: str, shapes: Mapping[str, tuple[int, ...]], reader: 
             + _listed("not in the recipe's model", unused)
             + "Set model and adapter back, or begin a new run with --fresh."
         )
-
-
-def refuse_stored_buffers(built: BuiltModel, reader: FragmentReader, stored: Set[str]) -> None:
-    """Buffers are computed, neither loaded nor saved: one that holds something learned (gemma4's layer_scalar) would be
-    lost without a word. Raises UserError for those."""
-    buffers = {
-        base_name(f"{prefix}.{name}"): buffer
-        for prefix, module in built.loss_model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-    lost = [name for name, buffer in buffers.items() if name in stored and not _is_stored(reader, name, buffer)]
-    if lost:
-        raise UserError(
-            "model.path: models of this type keep learned values in buffers, which cannot be trained with yet.\n"
-            + _listed("buffers", lost).rstrip()
-        )
-
-
-def _is_stored(reader: FragmentReader, name: str, buffer: Tensor) -> bool:
-    if reader.spec(name).shape != tuple(buffer.shape):
-        return False
-    return reader.read(name, ((0, buffer.numel()),)).to(buffer.dtype).equal(buffer.cpu().flatten())
 
 
 def _listed(title: str, items: Sequence[str]) -> str:

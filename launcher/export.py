@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..distributed import storage
+from ..distributed.checkpoint.fragments import TensorSpec
 from ..distributed.checkpoint.layout import DTYPE_OF_TORCH, DTYPES, FileSet, plan_files
 from ..distributed.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -22,7 +23,7 @@ from ..distributed.checkpoint.manifest import (
 from ..distributed.checkpoint.reader import CheckpointReader
 from ..distributed.merging import MergedTensors, StoredTensors, TensorStream, in_dtype, structure_of
 from ..distributed.model_files import ModelFolder, is_hub_id
-from ..distributed.reopen import ADAPTER_CONFIG, base_folder
+from ..distributed.reopen import ADAPTER_CONFIG, base_folder, precise_buffers
 from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import UserError
 from ..recipes.load import parse_recipe_text
@@ -72,11 +73,7 @@ def export(reference: str, to: str, wanted: Wanted) -> int:
     GGUF file that could not be made, when the rest is there."""
     source = open_source(reference, merge=wanted.merge_adapter)
     tensors, stem, untied = _weights(source, merge=wanted.merge_adapter)
-    files = plan_files(
-        in_dtype(tensors.specs(), DTYPE_OF_TORCH[wanted.dtype] if wanted.dtype else None),
-        stem=stem,
-        max_file_bytes=SHARD_BYTES,
-    )
+    files = plan_files(_specs(source, tensors, stem, wanted.dtype), stem=stem, max_file_bytes=SHARD_BYTES)
     small = _small_files(source, files, wanted, untied=untied)
     gguf = _gguf(source, files, wanted, to) if wanted.gguf else None
     planned = sorted((*small, *(file.name for file in files.files), *([gguf.name] if gguf else [])))
@@ -130,6 +127,14 @@ def _weights(source: Source, *, merge: bool) -> tuple[TensorStream, str, bool]:
     base = CheckpointReader(source.base.url)
     merged = MergedTensors(base, adapter, source.config, structure_of(source.base))
     return merged, "model", bool(merged.untied)
+
+
+def _specs(source: Source, tensors: TensorStream, stem: str, dtype: str | None) -> list[TensorSpec]:
+    """What is written, in the dtype that was asked for."""
+    if dtype is None:
+        return list(tensors.specs())
+    folder = source.base or ModelFolder(source.located.directory)
+    return in_dtype(tensors.specs(), DTYPE_OF_TORCH[dtype], precise_buffers(folder) if stem == "model" else frozenset())
 
 
 def _gguf(source: Source, files: FileSet, wanted: Wanted, to: str) -> GgufFile:

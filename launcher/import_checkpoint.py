@@ -22,6 +22,7 @@ from ..distributed.importing.model import Aligned, Model, align, find_base
 from ..distributed.importing.table import open_foreign
 from ..distributed.merging import in_dtype, row_ranges
 from ..distributed.model_files import ModelFolder
+from ..distributed.reopen import precise_buffers
 from ..recipes.errors import UserError
 from . import units
 from .export import as_json, with_changes
@@ -44,14 +45,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A `TensorStream` of a reader's tensors; they are cast to `dtypes` when they are written."""
+    """A `TensorStream` of a reader's tensors; all but those named in `kept` are cast to `dtype` when written."""
 
     reader: FragmentReader
     dtype: str | None
+    kept: frozenset[str] = frozenset()
 
     def specs(self) -> Sequence[TensorSpec]:
         """In the dtype that they get."""
-        return in_dtype([self.reader.spec(name) for name in self.reader.names()], self.dtype)
+        return in_dtype([self.reader.spec(name) for name in self.reader.names()], self.dtype, self.kept)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """As they are stored there."""
@@ -77,6 +79,11 @@ class Plan:
         return DTYPE_OF_TORCH[name] if name else None
 
     @cached_property
+    def kept(self) -> frozenset[str]:
+        """Names of buffers that stay in fp32."""
+        return precise_buffers(self.base) if self.dtype else frozenset()
+
+    @cached_property
     def master(self) -> FragmentReader | None:
         """fp32 weights that say more than the published ones."""
         weights = self.aligned.weights
@@ -88,7 +95,7 @@ class Plan:
     @cached_property
     def parts(self) -> list[Part]:
         """In the order in which they are written."""
-        tensors = {"model": Blocks(self.aligned.weights, self.dtype)}
+        tensors = {"model": Blocks(self.aligned.weights, self.dtype, self.kept)}
         if self.wanted.training:
             tensors |= {"master": Blocks(self.master, None)} if self.master is not None else {}
             tensors |= {moment: Blocks(self.aligned.moments[moment], "F32") for moment in MOMENTS}
@@ -100,7 +107,8 @@ class Plan:
     def small_files(self) -> dict[str, bytes]:
         """All but the tensors, by path."""
         small = self.base.small_files()
-        kinds = sorted({tensor.spec.dtype for _, tensor in self.parts[0].files.places.values()})
+        places = self.parts[0].files.places
+        kinds = sorted({tensor.spec.dtype for name, (_, tensor) in places.items() if name not in self.kept})
         torch_names = {stored: name for name, stored in DTYPE_OF_TORCH.items()}
         if len(kinds) == 1:
             small["config.json"] = as_json(with_changes(self.base.config, {"dtype": torch_names[kinds[0]]}))

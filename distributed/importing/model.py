@@ -13,12 +13,11 @@ import torch
 
 from ...recipes.errors import UserError
 from ...recipes.schema import Recipe
+from ..buffers import stored_shapes
 from ..checkpoint.fragments import FragmentReader
-from ..initialise import fill_buffers
 from ..merging import row_ranges
 from ..model import BuiltModel, build_model
 from ..model_files import ModelFolder, find_model
-from ..weights import refuse_stored_buffers
 from .base import Foreign, Renamed, torch_dtype
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -32,8 +31,8 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its folder of small files. `shapes`: published name -> shape, in checkpoint order; `besides`: names of
-    its state dict that are no tensors of their own: tied ones and buffers."""
+    """A model by its folder of small files. `shapes`: published name -> shape, in checkpoint order, buffers last;
+    `besides`: names of its state dict that are no tensors of their own: tied ones."""
 
     folder: ModelFolder
     built: BuiltModel = field(repr=False)
@@ -53,8 +52,7 @@ class Model:
                 f"{folder.url}: checkpoints of model type {built.config.model_type!r} cannot be imported yet: its "
                 "files hold tensors under other names than the model does. Start from its weights, as model.path."
             )
-        fill_buffers(built.loss_model, torch.device("cpu"))
-        shapes = {published: built.shapes[name] for name, published in built.published.items()}
+        shapes = {published: built.shapes[name] for name, published in built.published.items()} | stored_shapes(built)
         return cls(folder, built, shapes, built.loss_model.causal_lm.state_dict().keys() - shapes.keys())
 
 
@@ -92,7 +90,6 @@ def align(foreign: Foreign, model: Model) -> Aligned:
     beside = tuple(name for name in cleaned if not name.startswith(prefix))
     _refuse_mismatch(foreign, inside, model)
     _refuse_untied(foreign.weights, inside, model)
-    refuse_stored_buffers(model.built, Renamed(foreign.weights, inside), set(inside))
     weights = Renamed(foreign.weights, {name: inside[name] for name in model.shapes})
     return Aligned(weights, _aligned_moments(foreign, prefix, model), prefix, beside)
 

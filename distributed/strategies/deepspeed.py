@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...recipes.deepspeed_config import passed_on
 from ...recipes.schema import Recipe, Train
 from ...recipes.schema_strategy import Deepspeed
+from ..buffers import Buffers
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
 from ..model import DTYPES, SAFETENSORS_DTYPES, BuiltModel
@@ -48,6 +49,7 @@ class DeepspeedEngine:
                 model=built.loss_model, optimizer=self._adamw, config=config, dist_init_required=False
             )[0]
         compat.follow_mode(self._engine)
+        self._buffers = Buffers(built, world.size)
         layout = compat.Shards if self._strategy.stage == 3 else compat.Partitions
         self.module: nn.Module = self._engine
         self._layout = layout(self._engine.optimizer, self._adamw)
@@ -132,6 +134,7 @@ class DeepspeedEngine:
 
     def step(self) -> float:
         # A norm that is not finite is DeepSpeed's "overflow": the update is left out, and the norm says infinity.
+        self._buffers.refuse_changes()
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
@@ -145,6 +148,8 @@ class DeepspeedEngine:
             ranges = ((start, stop),) if stop > start else ()
             is_whole = self._layout.frozen_is_whole and not parameter.requires_grad
             yield Fragment(spec, ranges, values, replicas=self._world.size if is_whole else 1)
+        if part == "model":
+            yield from self._buffers.fragments()
 
     def _stored(self, part: str) -> Iterator[tuple[str, str]]:
         """(name in the module, name in files) of the tensors of a part."""
@@ -161,10 +166,13 @@ class DeepspeedEngine:
     def load(self, part: str, reader: FragmentReader) -> None:
         for name, published in self._stored(part):
             self._load_tensor(part, name, published, reader)
+        if part == "model":
+            self._buffers.load(reader)
 
     def load_base(self, reader: FragmentReader) -> None:
         for name, stored in self._built.starts():
             self._load_tensor("model", name, stored, reader)
+        self._buffers.load_base(reader)
 
     def _load_tensor(self, part: str, name: str, stored: str, reader: FragmentReader) -> None:
         parameter = self._parameters[name]

@@ -21,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ...recipes.errors import UserError
 from ...recipes.schema import Recipe
 from ...recipes.schema_strategy import Fsdp
+from ..buffers import Buffers
 from ..checkpoint.fragments import Fragment, FragmentReader, TensorSpec
 from ..initialise import fill_adapter, fill_buffers, fill_random_model
 from ..model import DTYPES, SAFETENSORS_DTYPES, BuiltModel
@@ -42,6 +43,7 @@ class FsdpEngine:
         self._replicas = world.size // self._mesh.shape[-1]
         self.module: nn.Module = _shard(built, recipe, self._mesh)
         self._materialise()
+        self._buffers = Buffers(built, world.size)
         self._parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
         self._shadows = {n: _shadow(p) for n, p in self._parameters.items() if p.requires_grad}
         self._optimizer = build_optimizer([self._shard_of(n) for n in self._shadows], recipe.train, self._shard_group())
@@ -83,6 +85,7 @@ class FsdpEngine:
         (loss_sum / weight_total).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> float:
+        self._buffers.refuse_changes()
         shadows = list(self._bind_gradients())
         norm = self._gradient_norm([shadow.grad for shadow in shadows if shadow.grad is not None])
         if torch.isfinite(norm):
@@ -126,6 +129,8 @@ class FsdpEngine:
             spec = TensorSpec(published, tuple(shape), SAFETENSORS_DTYPES[dtype])
             ranges = ((start, stop),) if stop > start else ()
             yield Fragment(spec, ranges, values.flatten(), replicas=self._replicas)
+        if part == "model":
+            yield from self._buffers.fragments()
 
     def _pieces(self, part: str) -> Mapping[str, Piece]:
         """What this rank holds of a part, by name in the module."""
@@ -147,10 +152,13 @@ class FsdpEngine:
                 self._load_tensor(name, stored, reader)
             elif stop > start:
                 self._optimizer.write(part, name, reader.read(stored, ((start, stop),)))
+        if part == "model":
+            self._buffers.load(reader)
 
     def load_base(self, reader: FragmentReader) -> None:
         for name, stored in self._built.starts():
             self._load_tensor(name, stored, reader)
+        self._buffers.load_base(reader)
 
     def _load_tensor(self, name: str, stored: str, reader: FragmentReader) -> None:
         start, stop = _local_range(self._parameters[name])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  as above
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from families import make_family
 from foreign import MOMENTS, STEPS, DeepspeedCase, save_dcp, save_deepspeed
 from harness import run_distributed
 from one_rank import alone
@@ -372,6 +373,20 @@ def test_pickled_weights_are_imported(pickled, models, tmp_path):
     check_equal(tmp_path / "to" / "model.safetensors", load_file(models / "untied" / "model.safetensors"))
     (pickled / "pytorch_model-00002-of-00002.bin").unlink()
     assert "does not hold pytorch_model-00002-of-00002.bin" in refusal(pickled, tmp_path)
+
+
+def test_buffers_are_imported_with_the_weights(tmp_path):
+    """A learned scale of every layer, and one that is lost."""
+    folder = make_family(tmp_path / "gemma4_text", "gemma4_text")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    scale = "model.layers.1.layer_scalar"
+    assert tensors[scale] != 1
+    torch.save(tensors, folder / "pytorch_model.bin")
+    imported(folder, tmp_path / "to")
+    check_equal(tmp_path / "to" / "model.safetensors", tensors)
+    torch.save({name: value for name, value in tensors.items() if name != scale}, folder / "pytorch_model.bin")
+    assert f"missing (1):\n    {scale}\n" in refusal(folder, tmp_path)
 
 
 def test_pickled_weights_are_trained_only_where_that_is_said(pickled, tmp_path):

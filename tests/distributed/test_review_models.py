@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_family
 from harness import RanksFailed
-from one_rank import alone
+from one_rank import Rank, alone
 from safetensors.torch import load_file, save_file
-from tiny import chat_rows, make_model, make_tokenizer, write_jsonl
+from tiny import chat_rows, make_model, write_jsonl
 from training import train
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
 from ftlaunch.distributed.checkpoint.reader import CheckpointReader
 from ftlaunch.distributed.model import build_model
@@ -55,46 +58,72 @@ def test_a_head_that_is_the_embeddings_is_not_adapted_by_itself(tmp_path, key):
         build_model(recipe(folder, adapter=adapter), find_model(str(folder)))
 
 
-def gemma4(folder: Path) -> Path:
+@pytest.fixture
+def gemma4(tmp_path: Path) -> Path:
     """A tiny Gemma 4, which keeps a learned scale of each layer in a buffer."""
-    from transformers import Gemma4TextConfig
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
-
-    config = Gemma4TextConfig(
-        vocab_size=307,
-        vocab_size_per_layer_input=307,
-        hidden_size=40,
-        hidden_size_per_layer_input=8,
-        intermediate_size=52,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_kv_shared_layers=0,
-        head_dim=12,
-        global_head_dim=12,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    Gemma4ForCausalLM(config).save_pretrained(make_tokenizer(folder))
-    return folder
+    return make_family(tmp_path / "gemma4_text", "gemma4_text")
 
 
-def test_learned_values_in_buffers_are_refused(tmp_path):
-    folder = gemma4(tmp_path / "model")
-    check(folder)  # as the model's own initialisation has them: nothing is lost
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.layer_scalar"] = torch.tensor([0.5])
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"buffers:\n    model.layers.1.layer_scalar$"):
-        check(folder)
-
-
-def check(folder: Path) -> None:
+def check(folder: Path) -> list[str]:
     """What is looked at before weights are read."""
     found = find_model(str(folder))
     with alone():
         built = build_model(recipe(folder), found)
         prepare(built, recipe(folder), World())
-        check_base(built, CheckpointReader(found.url))
+        return check_base(built, CheckpointReader(found.url))
+
+
+def test_buffers_that_do_not_fit_are_refused_and_missing_ones_said(gemma4):
+    assert check(gemma4) == []
+    tensors = load_file(gemma4 / "model.safetensors")
+    del tensors["model.layers.1.layer_scalar"]
+    save_file(tensors, gemma4 / "model.safetensors", {"format": "pt"})
+    assert check(gemma4) == ["model.layers.1.layer_scalar"], "as transformers has it, it begins at one"
+    tensors["model.layers.0.layer_scalar"] = torch.ones(2)
+    save_file(tensors, gemma4 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers.0.layer_scalar is \(2,\) in the files and \(1,\) in config.json"):
+        check(gemma4)
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor"])
+@pytest.mark.parametrize("strategy", [{"type": "ddp"}, {"type": "deepspeed", "stage": 2}])
+def test_buffers_that_a_model_changes_are_refused(gemma4, monkeypatch, strategy, how):
+    """As batch normalisation does: each rank would by its own rows. A pass that changes nothing is none of that."""
+    settings = recipe(gemma4, strategy=strategy).model_dump()
+    forward = Gemma4TextDecoderLayer.forward
+
+    def changing(self: Any, *inputs: Any, **named: Any) -> Any:
+        if how == "in place":
+            self.layer_scalar.mul_(0.99)
+        else:
+            self.layer_scalar = self.layer_scalar * 0.99
+        return forward(self, *inputs, **named)
+
+    with alone():
+        made = Rank.build(settings)
+        a_step(made)
+        monkeypatch.setattr(Gemma4TextDecoderLayer, "forward", changing)
+        with pytest.raises(UserError, match=r"'gemma4_text' change buffers .*\(model.layers.0.layer_scalar, model.lay"):
+            a_step(made)
+
+
+def a_step(made: Rank) -> None:
+    batch = {name: torch.arange(16)[None] for name in ("input_ids", "position_ids", "targets")}
+    made.engine.backward(made.engine.module(batch).sum(), 16.0, last_micro_batch=True)
+    assert made.engine.step() > 0
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "glm4_moe", "minimax_m2"])
+def test_buffers_have_the_dtypes_that_transformers_opens_them_in(tmp_path, family):
+    folder = make_family(tmp_path / family, family)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with alone():
+        made = Rank.build(recipe(folder, model={"path": str(folder), "dtype": "bfloat16"}).model_dump())
+    expected = {name: value for name, value in plain.named_buffers() if name in plain.state_dict()}
+    held = {name.removeprefix("model."): value for name, value in made.engine.module.named_buffers()}
+    assert expected
+    for name, value in expected.items():
+        assert held[name].dtype == value.dtype and torch.equal(held[name], value), name
 
 
 def test_tokens_that_the_model_does_not_know_end_every_rank_with_the_row(tmp_path):

@@ -43,6 +43,38 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "head_dim": 12},
     "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12, "rotary_dim": 12},
+    "glm4_moe": {
+        "n_routed_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,  # its experts are trained in bfloat16 too: rows of a multiple of 16 bytes
+        "head_dim": 12,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 6,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 10,
+        "num_nextn_predict_layers": 0,
+    },
+    "gemma4_text": {
+        "vocab_size_per_layer_input": 307,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "head_dim": 12,
+        "global_head_dim": 12,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "falcon_h1": {
         "head_dim": 12,
@@ -62,14 +94,20 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 
 
 def make_family(folder: Path, model_type: str, seed: int = 0) -> Path:
-    """A tiny model with random weights, as transformers saves it, and a tokenizer beside it."""
+    """A tiny model with random weights, as transformers saves it, and a tokenizer beside it. Persistent buffers are not
+    as they begin either: routers prefer some experts, layers are scaled."""
     import torch
     from transformers import AutoModelForCausalLM
 
     make_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+        stored = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                buffer.add_(torch.rand(buffer.shape) / 4 + 0.01)
+        model.save_pretrained(folder)
     return folder
 
 

@@ -72,11 +72,16 @@ def test_any_ranges_are_cut_and_joined(data):
     assert reader.read("w", asked).tolist() == [number for start, stop in asked for number in range(start, stop)]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_neox", "minimax_m2", "llama"])
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_neox", "minimax_m2", "llama", "glm4_moe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_files_hold_what_transformers_would_write(family):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family))
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    tensors = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *buffers.items())}
+    assert bool(buffers) == (family in ("minimax_m2", "glm4_moe", "deepseek_v3"))
     layout = layout_of(model)
     assert bool(layout.pieces) == (family != "llama")
     specs = {name: TensorSpec(name, tuple(tensor.shape), "F32") for name, tensor in tensors.items()}
