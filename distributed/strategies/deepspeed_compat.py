@@ -134,6 +134,8 @@ class Partitions:
         self._zero = zero
         # BF16_Optimizer, which ZeRO-1 in bfloat16 is, calls them otherwise.
         self._flat = _either(zero, "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        if getattr(zero, "round_robin_gradients", False):
+            _link_as_dealt(zero)
         _create_state(adamw, self._flat)
         zero._lazy_init_hp_params_optimizer_state()
 
@@ -206,6 +208,14 @@ class Shards:
         self._zero.empty_partition_cache()
 
     frozen_is_whole = False
+
+
+def _link_as_dealt(zero: Any) -> None:
+    """Say anew where in the flat tensors each one lies: `_link_all_hp_params` takes those of a group to lie in the
+    group's order, also where `round_robin_gradients` has dealt them out in another."""
+    groups, zero.bit16_groups = zero.bit16_groups, zero.round_robin_bit16_groups
+    zero._link_all_hp_params()
+    zero.bit16_groups = groups
 
 
 def _either(holder: Any, *names: str) -> Sequence[Tensor]:

@@ -22,7 +22,6 @@ from ftlaunch.distributed import entry
 from ftlaunch.recipes.load import LoadedRecipe
 from ftlaunch.recipes.schema import Recipe
 
-OFFLOAD = {"type": "fsdp", "offload": "cpu"}
 RANKS = 4
 
 KINDS = {
@@ -43,7 +42,7 @@ same rounded weights, and both round activations."""
 def recipe(folder: Path, strategy: str, kind: str) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "name": f"{strategy}-{kind}",
-        "strategy": {**STRATEGIES, "fsdp-offload": OFFLOAD}[strategy],
+        "strategy": STRATEGIES[strategy],
         "train": {"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler": "constant"},
         "evaluate": {"at_start": False, "at_end": False},
         "checkpoint": {"every_steps": None},
@@ -118,7 +117,7 @@ def test_every_strategy_in_full_and_with_an_adapter(tmp_path):
 @pytest.mark.evidence
 def test_every_kind_of_checkpoint_opens(tmp_path):
     """Writes benchmarks/results/checkpoints_open.{json,md}."""
-    strategies = [*STRATEGIES, "fsdp-offload"]
+    strategies = list(STRATEGIES)
     kinds = [kind + dtype for kind in KINDS for dtype in ("", "-bf16")]
     ledger = Ledger("checkpoints-open", kinds=kinds, ranks=RANKS)
     for name in strategies:

@@ -35,6 +35,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero2": {"type": "deepspeed", "stage": 2},
     "zero3": _SHARDED,
     "zero3-offload": {**_SHARDED, "offload_optimizer": "cpu", "offload_param": "cpu"},
+    "zero2-offload": {"type": "deepspeed", "stage": 2, "offload_optimizer": "cpu"},
+    "fsdp-offload": {"type": "fsdp", "offload": "cpu"},
 }
 """Name in tests and tables -> `strategy` of the recipe."""
 
