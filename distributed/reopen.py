@@ -135,7 +135,8 @@ def _recipe(folder: ModelFolder, config: dict[str, Any] | None, dtype: str = "fl
         "alpha": config["lora_alpha"],
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "target_modules": config["target_modules"],
+        # Experts are parameters of their own to peft, which finds them again by itself.
+        "target_modules": "all-linear" if config.get("target_parameters") else config["target_modules"],
         "modules_to_save": config.get("modules_to_save") or [],
     }
     return Recipe.model_validate(
