@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import recipe_for, write_recipe
 
 from ftlaunch.cluster.restarts import EARLY, LEFT, LEFT_EARLY
@@ -15,7 +16,7 @@ from ftlaunch.launcher.handover import pack, unpack
 from ftlaunch.launcher.log_copy import LogCopy
 from ftlaunch.launcher.plan import default_keys
 from ftlaunch.launcher.restarted import LOST, answer_before, earlier_of, why_again
-from ftlaunch.launcher.submit import need_of
+from ftlaunch.launcher.submit import follow, need_of
 from ftlaunch.recipes.errors import InfrastructureError, UserError
 from ftlaunch.recipes.load import load_recipe
 
@@ -131,3 +132,23 @@ def test_submissions_of_a_run(tmp_path, capsys, monkeypatch):
     assert cli.main(["logs", "-f", "bot"]) == 0
     assert capsys.readouterr().out == "one\ntwo\n"
     assert cli.main(["attach", "bot"]) == 130
+
+
+class CutOff:
+    """A cluster whose driver has ended well, one of whose nodes does not answer any more."""
+
+    def follow(self, show):
+        show(b"finished\n")
+        return 0
+
+    def stop(self, how):
+        raise InfrastructureError(f"host beta: ssh ended with 255 ({how})")
+
+
+def test_a_node_that_does_not_answer_at_the_end_says_nothing_of_the_run(tmp_path, capsys):
+    run, record = RunDirectory(str(tmp_path / "bot")), {"job": "7", "cluster": {"type": "ssh"}}
+    submissions.register(run, record)
+    assert follow(CutOff(), run, record, Console(width=200)) == 0
+    said = capsys.readouterr().out
+    assert "finished" in said and "host beta" in said
+    assert submissions.latest(run).exit_code == 0

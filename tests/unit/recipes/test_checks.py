@@ -13,6 +13,7 @@ from ftlaunch.recipes.schema import Data, EvalSplit, Recipe, Source, TrainSource
 A, B = {"path": "a.jsonl"}, {"path": "b.jsonl"}
 REMOTE = {"path": "s3://acme/c.jsonl"}
 PODS = {"type": "kubernetes", "image": "ftlaunch:0.1", "gpus_per_node": 8}
+AMI = "ami-0123456789abcdef0"
 HELD_OUT = [{"path": "h.jsonl", "name": "held"}]
 
 
@@ -36,6 +37,13 @@ def tuned(**config: Any) -> dict[str, Any]:
     return zero(stage=3, deepspeed_config=config)
 
 
+def aws(**cluster: Any) -> dict[str, Any]:
+    cloud = {"type": "cloud", "provider": "aws", "instance_type": "g5.xlarge", "regions": ["us-east-1"], "image": AMI}
+    return {"cluster": {**cloud, **cluster}}
+
+
+UBUNTU = "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
+GOOGLE = {"provider": "gcp", "instance_type": "a2-highgpu-1g", "regions": ["us-central1-a"], "image": UBUNTU}
 STOPPING = {"metric": "held/loss"}
 
 BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = {
@@ -379,6 +387,29 @@ BROKEN_AND_WHOLE: dict[str, list[tuple[dict[str, Any], str, dict[str, Any]]]] = 
             "data.train.0.path",
             {"data": {"train": [{"path": "https://host/a.jsonl?version=x"}]}},
         ),
+    ],
+    "cloud_provider_keys": [
+        (aws(**GOOGLE), "cluster.project", aws(**GOOGLE, project="p")),
+        (aws(resource_group="g"), "cluster.resource_group", aws(identity="role")),
+        (aws(tags={"ftlaunch-run": "x"}), "cluster.tags", aws(tags={"team": "x"})),
+        (aws(machine={"UserData": "x"}), "cluster.machine.UserData", aws(machine={"SubnetIds": ["subnet-1"]})),
+    ],
+    "cloud_regions": [
+        (aws(regions=["us-east-1a"]), "cluster.regions.0", aws(regions=["us-gov-west-1"])),
+        (
+            aws(regions=["us-east-1", "us-east-1"], image={"us-east-1": AMI}),
+            "cluster.regions.1",
+            aws(image={"us-east-1": AMI}),
+        ),
+        (
+            aws(regions=["us-east-1", "eu-west-1"], image={"us-east-1": AMI}),
+            "cluster.image",
+            aws(regions=["us-east-1", "eu-west-1"], image={"us-east-1": AMI, "eu-west-1": AMI}),
+        ),
+    ],
+    "cloud_images": [
+        (aws(image="ubuntu"), "cluster.image", aws()),
+        (aws(regions=["us-east-1", "eu-west-1"]), "cluster.image", aws(**GOOGLE, project="p")),
     ],
 }
 
