@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from save_ranks import FILE_BYTES, Model, Side, Wait
+from save_model import FILE_BYTES, Model, Side, Wait
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
