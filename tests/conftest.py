@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import fsspec
 import pytest
@@ -16,6 +17,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Started in the background of a script (`make test &`), Ctrl-C would be ignored by all that tests start, which try it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A cluster that the developer happens to be connected to is not ours to test on.
 os.environ.pop("RAY_ADDRESS", None)
 
