@@ -17,8 +17,8 @@ BIN = Path(sys.executable).parent
 WAIT_S = 300.0
 """Nothing is expected to take this long; a test that waits longer has found a hang."""
 
-POLL_S, POLL_SHARE = 0.001, 9.0
-"""Between two looks, at the least, and in looks' own time."""
+POLL_S, POLL_SHARE, POLL_AT_MOST_S = 0.001, 9.0, 0.05
+"""Between two looks: at the least, in looks' own time, and at the most: what is waited for may be over soon."""
 
 
 def ftlaunch(*arguments: str) -> list[str]:
@@ -80,7 +80,7 @@ class Running(ABC):
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"never happened:\n{self.text}")
-            time.sleep(max(POLL_S, POLL_SHARE * (time.monotonic() - began)))
+            time.sleep(max(POLL_S, min(POLL_AT_MOST_S, POLL_SHARE * (time.monotonic() - began))))
 
     def kill(self) -> None:
         """SIGKILL to all of it and all descendants, at once."""
