@@ -12,86 +12,41 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from step_sides import FOR_EVER, LEARNING_RATE, Turns, Work, ftlaunch, load_model, read_batches
-from torch import Tensor, nn
-
-MAX_NORM = 1.0
-LORA_RANK = 16
-
-Step = Callable[[Tensor], Tensor]
-"""One update on tokens [B, S]; its loss."""
+from by_hand import LORA, Step, deepspeed_step, sharded, torch_step, with_lora
+from step_sides import FOR_EVER, Turns, Work, ftlaunch, load_model, read_batches
 
 OURS: dict[str, dict[str, Any]] = {
     "fsdp": {"strategy": {"type": "fsdp"}},
     "zero3": {"strategy": {"type": "deepspeed", "stage": 3}},
-    "lora": {"strategy": {"type": "fsdp"}, "adapter": {"type": "lora", "rank": LORA_RANK}},
-    "qlora": {"strategy": {"type": "ddp"}, "adapter": {"type": "qlora", "rank": LORA_RANK}},
+    "lora": {"strategy": {"type": "fsdp"}, "adapter": LORA},
+    "qlora": {"strategy": {"type": "ddp"}, "adapter": {**LORA, "type": "qlora"}},
 }
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """As everybody sets it up."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, weight_decay=0.0)
-
-
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, autocast: bool, input_ids: Tensor) -> Tensor:
-    """One step of a plain torch loop."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        loss: Tensor = model(input_ids=input_ids, labels=input_ids).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss
-
-
 def fsdp(work: Work) -> Step:
-    """torch's `fully_shard`, a layer at a time, with weights in fp32 that compute in bfloat16."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    """torch's `fully_shard`, with weights in fp32 that compute in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     model = load_model(work).to(work.device)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    return partial(update, model, adamw(model.parameters()), False)
+    return torch_step(sharded(model, model.model.layers, mp_policy=policy))
 
 
 def zero3(work: Work) -> Step:
-    """`deepspeed.initialize`, with torch's AdamW: DeepSpeed's own would have to be compiled."""
-    import deepspeed
-
-    model = load_model(work).to(torch.bfloat16)
-    config = {
-        "train_micro_batch_size_per_gpu": work.batch,
-        "gradient_clipping": MAX_NORM,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
-    }
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    optimizer = adamw(model.parameters())
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
-
-    def step(input_ids: Tensor) -> Tensor:
-        loss: Tensor = engine(input_ids=input_ids, labels=input_ids).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return step
+    """`deepspeed.initialize`."""
+    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+    return deepspeed_step(load_model(work).to(torch.bfloat16), work.batch, **config)
 
 
 def lora(work: Work, quantized: bool = False) -> Step:
     """peft on a base in bfloat16, or in transformers' 4 bits; the adapter is in fp32, as peft makes it."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -103,9 +58,7 @@ def lora(work: Work, quantized: bool = False) -> Step:
         quantization_config=bits if quantized else None,
     )
     base.config.use_cache = False
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    return partial(update, model, adamw(model.parameters()), True)
+    return torch_step(with_lora(base), autocast=True)
 
 
 BY_HAND: dict[str, Callable[[Work], Step]] = {

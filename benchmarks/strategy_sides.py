@@ -20,99 +20,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from by_hand import LORA, Step, deepspeed_step, sharded, torch_step, with_lora
 from step_sides import FOR_EVER, LEARNING_RATE, StepMonitor, Turns, Work, load_model, read_batches
-from torch import Tensor
 from workload import Size, recipe, write_recipe
 
 RANKS = 2
-MAX_NORM = 1.0
-
-Step = Callable[[Tensor], Tensor]
-"""One update on a rank's tokens [B, S]; its loss."""
-
-LORA_RANK = 16
 
 OURS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": {"type": "ddp"}},
     "fsdp": {"strategy": {"type": "fsdp"}},
     **{f"zero{stage}": {"strategy": {"type": "deepspeed", "stage": stage}} for stage in (1, 2, 3)},
-    "lora": {
-        "strategy": {"type": "fsdp"},
-        "adapter": {"type": "lora", "rank": LORA_RANK, "alpha": 2 * LORA_RANK, "target_modules": "all-linear"},
-    },
+    "lora": {"strategy": {"type": "fsdp"}, "adapter": LORA},
 }
 """Name -> sections of the recipe."""
-
-
-def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """As everybody sets it up."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, weight_decay=0.0)
-
-
-def update(model: Any, optimizer: torch.optim.Optimizer, input_ids: Tensor) -> Tensor:
-    """One step of a plain torch loop."""
-    loss: Tensor = model(input_ids=input_ids, labels=input_ids).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_NORM)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss
 
 
 def ddp(work: Work) -> Step:
     """torch's DistributedDataParallel."""
     from torch.nn.parallel import DistributedDataParallel
 
-    model = DistributedDataParallel(load_model(work))
-    return partial(update, model, adamw(model))
+    return torch_step(DistributedDataParallel(load_model(work)))
 
 
 def fsdp(work: Work) -> Step:
-    """torch's `fully_shard`, a layer at a time."""
-    from torch.distributed.fsdp import fully_shard
-
+    """torch's `fully_shard`."""
     model = load_model(work)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return partial(update, model, adamw(model))
+    return torch_step(sharded(model, model.model.layers))
 
 
 def lora(work: Work) -> Step:
-    """peft's adapter of every linear layer but the head, within torch's `fully_shard`."""
-    from peft import LoraConfig, get_peft_model
-    from torch.distributed.fsdp import fully_shard
-
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model(work), config)
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return partial(update, model, adamw(model))
+    """peft's adapter within torch's `fully_shard`."""
+    model = with_lora(load_model(work))
+    return torch_step(sharded(model, model.get_base_model().model.layers))
 
 
 def zero(stage: int, work: Work) -> Step:
-    """`deepspeed.initialize`, with torch's AdamW: DeepSpeed's own would have to be compiled."""
-    import deepspeed
-
-    model = load_model(work)
-    config = {
-        "train_micro_batch_size_per_gpu": work.batch,
-        "gradient_clipping": MAX_NORM,
-        "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    engine = deepspeed.initialize(model=model, optimizer=adamw(model), config=config, dist_init_required=False)[0]
-
-    def step(input_ids: Tensor) -> Tensor:
-        loss: Tensor = engine(input_ids=input_ids, labels=input_ids).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return step
+    """`deepspeed.initialize`."""
+    config = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
+    return deepspeed_step(load_model(work), work.batch, **config)
 
 
 BY_HAND: dict[str, Callable[[Work], Step]] = {

@@ -8,6 +8,7 @@ partitions, and the model enters without values: each rank fills just what it ho
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -136,7 +137,10 @@ class DeepspeedEngine:
         # A norm that is not finite is DeepSpeed's "overflow": the update is left out, and the norm says infinity.
         self._buffers.refuse_changes()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            compat.forget_gradients(self._engine.optimizer)
+        return norm
 
     def fragments(self, part: str) -> Iterator[Fragment]:
         for name, published in self._stored(part):

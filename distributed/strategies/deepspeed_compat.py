@@ -123,6 +123,13 @@ def follow_mode(engine: Any) -> None:
     engine.train, engine.eval = train, lambda: train(False)
 
 
+def forget_gradients(zero: Any) -> None:
+    """After an update that was left out: ZeRO-1 and 2 with the optimizer in the host's memory keep its gradients, and
+    would add those of the next step to them."""
+    if getattr(zero, "cpu_offload", False):
+        zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+
+
 class Partitions:
     """What a rank holds of trained tensors under ZeRO-1 and 2: pieces of one flat fp32 tensor per parameter group.
 

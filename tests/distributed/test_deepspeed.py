@@ -117,8 +117,8 @@ def test_a_tour_of_strategies_and_world_sizes(tmp_path):
 
 
 def steps_of_losses(rank: int, size: int, settings: dict[str, Any]) -> list[tuple[float, bool, float]]:
-    """Steps whose loss is as it is, infinite and NaN (where a run ends, so nothing follows): the norm, whether anything
-    that a checkpoint holds changed, and by how much the losses of a batch did."""
+    """Steps whose loss is infinite, NaN and as it is: the norm, whether anything that a checkpoint holds changed, and
+    by how much the losses of a batch did."""
     made = Rank.build(settings, World(rank=rank, size=size, local_rank=rank, local_size=size))
     batch = {name: torch.arange(1, 33).remainder(29)[None] for name in ("input_ids", "targets")}
 
@@ -137,7 +137,7 @@ def steps_of_losses(rank: int, size: int, settings: dict[str, Any]) -> list[tupl
         changed = any(not torch.equal(old, new) for old, new in zip(held, now, strict=True))
         return norm, changed, float((losses_now - losses).abs().max())
 
-    return [step(factor) for factor in (1.0, float("inf"), float("nan"))]
+    return [step(factor) for factor in (float("inf"), float("nan"), 1.0)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -145,7 +145,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(tmp_path, dtype):
     """And the same step with a loss that is finite does, so that the test would see it."""
     for strategy in ZERO if dtype == "bfloat16" else ZERO[1:3]:
         settings = recipe(tmp_path, "inf", strategy, 3, model={"dtype": dtype})
-        for whole, *broken in run_distributed(steps_of_losses, 2, settings):
+        for *broken, whole in run_distributed(steps_of_losses, 2, settings):
             for norm, changed, difference in broken:
                 assert not math.isfinite(norm)
                 assert (changed, difference) == (False, 0.0), strategy

@@ -28,7 +28,6 @@ from ftlaunch.cluster.clouds.base import Boot
 from ftlaunch.cluster.clouds.table import CLOUDS, cloud_of
 from ftlaunch.launcher.plan_cost import PRICES, cost_text, plan_cost
 from ftlaunch.launcher.unknown import Unknown
-from ftlaunch.recipes.errors import UserError
 from ftlaunch.recipes.schema_cloud import CloudCluster
 
 KEY = "ssh-rsa AAAA somebody"
@@ -136,49 +135,6 @@ def test_the_machine_section_wins_and_labels_are_plain():
     assert as_label("Llama 3.1 / Support_Bot!") == "llama-3-1-support-bot"
     assert as_label("日本") == "run"
     assert all(len(value) <= 63 for value in tags_of("x" * 100, "abcd1234", 1e9).values())
-
-
-# --- the section ------------------------------------------------------------------------------------------------------
-
-NEEDED = "model: {path: m}\nmethod: {type: sft}\ndata: {train: [{path: a.jsonl, format: chat}]}\n"
-AWS = "type: cloud, provider: aws, instance_type: g5.xlarge"
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (f"{{{AWS}, regions: [us-east-1a], image: ami-12345678}}", "us-east-1a is none of provider aws"),
-        (f"{{{AWS}, regions: [us-east-1], image: ubuntu}}", "ubuntu is no image of provider aws"),
-        (f"{{{AWS}, regions: [us-east-1, us-west-2], image: ami-12345678}}", "an AMI is in one region"),
-        (
-            f"{{{AWS}, regions: [us-east-1, us-west-2], image: {{us-east-1: ami-12345678}}}}",
-            "no image for us-west-2",
-        ),
-        (f"{{{AWS}, regions: [us-east-1], image: ami-12345678, project: p}}", "means nothing for provider aws"),
-        (
-            f"{{{AWS}, regions: [us-east-1], image: ami-12345678, machine: {{UserData: x}}}}",
-            "cluster.machine.UserData: is ftlaunch's own to choose",
-        ),
-        (
-            "{type: cloud, provider: gcp, instance_type: n, regions: [us-central1], image: i}",
-            "cluster.project: missing: provider gcp needs it",
-        ),
-        ("{type: cloud, provider: oracle, instance_type: n, regions: [a], image: i}", "cluster.provider"),
-        (f"{{{AWS}, regions: [us-east-1], image: ami-12345678, tags: {{Team: a}}}}", "'Team' is no name for a tag"),
-        (f"{{{AWS}, regions: [us-east-1], image: ami-12345678, tags: {{ray-x: a}}}}", "'ray-x' is no name for a tag"),
-        (f"{{{AWS}, regions: [], image: ami-12345678}}", "cluster.regions"),
-        (f"{{{AWS}, regions: [us-east-1], image: ami-12345678, user: '-l'}}", "cluster.user"),
-        (f"{{{AWS}, regions: [us-east-1], image: ami-12345678, python: -c}}", "cluster.python"),
-    ],
-)
-def test_mistakes_in_the_section(text, says, tmp_path):
-    from ftlaunch.recipes.load import load_recipe
-
-    path = tmp_path / "a.yaml"
-    path.write_text(f"{NEEDED}cluster: {text}\n")
-    with pytest.raises(UserError) as caught:
-        load_recipe(path, environ={})
-    assert says in str(caught.value)
 
 
 def test_disks_that_go_with_their_machines_hold_no_checkpoints():
