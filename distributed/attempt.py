@@ -49,8 +49,8 @@ class Attempt:
         return f"{self.run.url} {self.number}"
 
 
-def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str]) -> Attempt:
-    """Open the run's directory, claim an attempt, and find where to continue.
+def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str], began: float | None = None) -> Attempt:
+    """Open the run's directory, claim an attempt (`began`: see `AttemptInfo`), and find where to continue.
 
     Raises UserError for a place that cannot be written or that holds something else.
     """
@@ -58,7 +58,7 @@ def begin_attempt(loaded: LoadedRecipe, world_size: int, command: Sequence[str])
     run = RunDirectory(storage.join(recipe.checkpoint.path, recipe.name))
     run.check()
     shown = [redact(word, loaded.secrets) for word in command]
-    number = run.claim_attempt(world_size=world_size, command=shown, folder=str(Path.cwd()))
+    number = run.claim_attempt(world_size=world_size, command=shown, folder=str(Path.cwd()), began=began)
     text = dump_recipe(recipe, loaded.secrets)
     run.store_recipe(text)
     strategy = run.read_environment().get("strategy")

@@ -67,6 +67,8 @@ class Job:
     command: tuple[str, ...] = ()
     flags: Flags | None = None
     """What the user allowed if the run is there already; None: the launcher has decided."""
+    began: float | None = None
+    """When this process was given it, in seconds since 1970, where it had stood by."""
     begun: Callable[[Attempt], None] = lambda _attempt: None
     """Told on every rank as soon as the attempt has its number."""
 
@@ -92,7 +94,7 @@ def run_rank(job: Job) -> str:
         if job.flags and not group.from_main(partial(_trains, job, job.flags), "looking at the run"):
             return "finished"
         attempt = group.from_main(
-            partial(begin_attempt, job.loaded, job.world.size, job.command), "opening the run directory"
+            partial(begin_attempt, job.loaded, job.world.size, job.command, job.began), "opening the run directory"
         )
         group.alike(partial(attempt.run.check_shared, attempt.number), "looking at the run directory")
         job.begun(attempt)

@@ -80,7 +80,8 @@ class Process:
 @dataclass(frozen=True)
 class AttemptInfo:
     """One start of a run. `started_at`: ISO 8601 in UTC. `folder`: where relative paths of its recipe begin, on rank
-    0's host; empty if it is not known."""
+    0's host; empty if it is not known. `began`: when its process was given the work, in seconds since 1970, where that
+    had stood by; None: when it was started."""
 
     number: int
     process: Process
@@ -88,6 +89,12 @@ class AttemptInfo:
     world_size: int
     command: tuple[str, ...]
     folder: str = ""
+    began: float | None = None
+
+    @property
+    def began_s(self) -> float:
+        """When it began, in seconds since 1970."""
+        return self.process.started if self.began is None else self.began
 
 
 class EventLog:
@@ -147,15 +154,21 @@ class RunDirectory:
     # --- attempts ---------------------------------------------------------------------------------------------------
 
     def claim_attempt(
-        self, *, world_size: int, command: Sequence[str], process: Process | None = None, folder: str = ""
+        self,
+        *,
+        world_size: int,
+        command: Sequence[str],
+        process: Process | None = None,
+        folder: str = "",
+        began: float | None = None,
     ) -> int:
         """Register a start of the run under the next free number, which is returned. Of several that claim at once,
-        each gets its own."""
+        each gets its own. `began`: see `AttemptInfo`."""
         process = process or Process.this()
         number = max(self._attempt_numbers(), default=0) + 1
         while True:
             started_at = self._now().isoformat(timespec="seconds")
-            info = AttemptInfo(number, process, started_at, world_size, tuple(command), folder)
+            info = AttemptInfo(number, process, started_at, world_size, tuple(command), folder, began)
             url = self.path("attempts", f"a{number}.json")
             data = _to_json(asdict(info))
             # An answer that got lost may hide our own success, so what is stored decides.

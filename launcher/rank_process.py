@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -27,6 +28,10 @@ class WarmUp:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self.stands_by = False
+        """Whether this process was started before it was needed."""
+        self.given_s: float | None = None
+        """When one that stood by was given work, in seconds since 1970."""
 
     def start(self, more: Sequence[str]) -> None:
         """What every rank imports, and `more`, as far as that is there."""
@@ -34,7 +39,9 @@ class WarmUp:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for it, where it was started."""
+        """There is work: wait for it, where it was started."""
+        if self.stands_by:
+            self.given_s = time.time()
         if self._thread is not None:
             self._thread.join()
 

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..cluster.base import Demand
 from ..distributed.data.memory import free_bytes
-from .rank_process import RayTrainWorkerWarmingUp, loaded
+from .rank_process import RayTrainWorkerWarmingUp, loaded, warm_up
 
 AFTER_S = 15.0
 """Behind a start of ranks: those that stand by are not to take cores from it."""
@@ -50,6 +50,7 @@ class RayTrainWorkerStandingBy(RayTrainWorkerWarmingUp):
         # Ray sets it from the cores that a process holds, unless the user has.
         if b"\0OMP_NUM_THREADS=" not in b"\0" + Path("/proc/self/environ").read_bytes():
             os.environ["OMP_NUM_THREADS"] = str(threads)
+        warm_up.stands_by = True
         super().__init__(modules)
 
 

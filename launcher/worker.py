@@ -104,6 +104,7 @@ def _run(worker: WorkerConfig, context: Any, monitor: RayMonitor, log: RankLog) 
         rendezvous=os.environ[RENDEZVOUS],
         monitor=monitor,
         command=worker.command,
+        began=warm_up.given_s,
         begun=lambda attempt: log.keep(attempt.run, attempt.number, world.rank),
     )
     try:

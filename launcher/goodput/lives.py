@@ -18,7 +18,7 @@ def read_ledger(run: RunDirectory, metrics: Iterable[Line], events: Iterable[Lin
     alive = {attempt.number for attempt in run.live_attempts()}
     signs = _last_lines(metrics, events)
     lives = [
-        Life(attempt.number, attempt.process.started, now_s, "alive")
+        Life(attempt.number, attempt.began_s, now_s, "alive")
         if attempt.number in alive
         else _ended(run, attempt, signs)
         for attempt in run.attempts()
@@ -31,10 +31,10 @@ def read_ledger(run: RunDirectory, metrics: Iterable[Line], events: Iterable[Lin
 def _ended(run: RunDirectory, attempt: AttemptInfo, signs: Mapping[int, float]) -> Life:
     end = run.attempt_end(attempt.number)
     if end is not None:
-        return Life(attempt.number, attempt.process.started, _seconds(end["ended_at"]), str(end["outcome"]))
+        return Life(attempt.number, attempt.began_s, _seconds(end["ended_at"]), str(end["outcome"]))
     beat = run.last_beat(attempt.number)
-    last = [attempt.process.started, signs.get(attempt.number, 0.0), *([_seconds(beat["at"])] if beat else [])]
-    return Life(attempt.number, attempt.process.started, max(last), None)
+    last = [attempt.began_s, signs.get(attempt.number, 0.0), *([_seconds(beat["at"])] if beat else [])]
+    return Life(attempt.number, attempt.began_s, max(last), None)
 
 
 def _last_lines(metrics: Iterable[Line], events: Iterable[Line]) -> dict[int, float]:

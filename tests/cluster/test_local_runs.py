@@ -208,8 +208,7 @@ def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     assert outcomes(directory)[1:] == ["finished"]
     assert final(directory) == final(by_torchrun.directory)
     ledger = read_history(RunDirectory(str(directory))).ledger
-    # Ranks that stood by begin before a second is over, which the ledger need not see as time without ranks.
-    assert [part for part in ("training", "start-up", "lost work", "saving") if ledger.seconds[part] <= 0] == []
+    assert [part for part in ("training", "start-up", "lost work", "down", "saving") if ledger.seconds[part] <= 0] == []
     assert "Where the time went" in (directory / "report.html").read_text()
     logs = sorted(path.name for path in (directory / "logs").iterdir())
     assert logs == [f"a{attempt}.rank-0000{rank}.log" for attempt in (1, 2) for rank in (0, 1)]

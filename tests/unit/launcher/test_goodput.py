@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from xml.etree import ElementTree
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftlaunch.distributed.run_directory import Process, RunDirectory
 from ftlaunch.launcher.goodput.bar import ledger_bar, ledger_line, ledger_rows
 from ftlaunch.launcher.goodput.ledger import PARTS, Ledger, Life, Wait, make_ledger
+from ftlaunch.launcher.goodput.lives import read_ledger
 
 
 def step(number: int, attempt: int, seconds: float = 2.0, waited: float = 0.5) -> dict[str, object]:
@@ -116,6 +119,17 @@ def test_measured_steps_are_never_cut_short_by_an_old_sign_of_life():
     ledger = make_ledger([Life(1, 0.0, 4.0, None)], [], [step(1, 1, 6.0, 0.0)], [ready(1, 3.0)])
     assert ledger.seconds["training"] == 6.0
     assert ledger.total_s == 9.0
+
+
+def test_a_process_that_stood_by_began_when_it_was_given_the_work(tmp_path):
+    """It was started while the ranks before it still lived; until it was needed nothing of the run was its own."""
+    run = RunDirectory(str(tmp_path / "bot"))
+    for started, began in ((1000.0, None), (1020.0, 1052.0)):
+        run.claim_attempt(world_size=1, command=(), process=replace(Process.this(), started=started), began=began)
+    events = [ready(1, 1010.0), ready(2, 1053.0)]
+    lines = [{**step(1, 1, 40.0, 0.0), "time": 1050.0}, {**step(2, 2, 7.0, 0.0), "time": 1060.0}]
+    spent = read_ledger(run, lines, events, 1060.0).seconds
+    assert spent == parts(training=47.0, down=2.0) | {"start-up": 11.0}
 
 
 @st.composite
