@@ -27,14 +27,15 @@ from gpu_sides import BY_HAND, OURS
 from harness import Rounds, Table, arguments, interleave, parse, run_checked, write_results
 from step_overhead import Side
 from step_sides import LEARNING_RATE
-from workload import Size, recipe, write_recipe, write_text, write_tokenizer
+from workload import Size, recipe, write_model, write_recipe, write_text
 
 CLAIM = (
     "On one GPU, at real widths: tokens/s and peak memory against the same library driven by hand (1 is alike), and "
     "how long a save in the background holds up training, against a copy of the same bytes to page-locked memory."
 )
 SIZE = Size(hidden=3072, layers=8, vocab=128_256, sequence=2048, batch=2)
-QUICK = Size(hidden=128, layers=2, vocab=512, sequence=64, batch=2)
+QUICK = Size(hidden=256, layers=2, vocab=512, sequence=64, batch=2)
+HEAD = 128
 SIDES = ("by hand", "ftlaunch")
 ROWS = 256
 DROPPED = 3
@@ -44,24 +45,13 @@ CHUNK = 64 * 2**20
 
 def write_inputs(folder: Path, size: Size, seed: int) -> None:
     """A Llama of these widths with random weights in bfloat16, its words, and text of whole sequences."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 8 // 3,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden // 128 if size.hidden > 128 else 2,
-        num_key_value_heads=8 if size.hidden > 128 else 1,
-        max_position_embeddings=size.sequence,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
-    write_tokenizer(folder / "model", size.vocab)
+    widths = {
+        "intermediate_size": size.hidden * 8 // 3,
+        "num_attention_heads": size.hidden // HEAD,
+        "num_key_value_heads": max(1, size.hidden // HEAD // 3),
+        "tie_word_embeddings": True,
+    }
+    write_model(folder / "model", size, seed, "bfloat16", **widths)
     write_text(folder / "text.jsonl", size, ROWS, seed)
 
 

@@ -25,26 +25,27 @@ class Size:
     batch: int
 
 
-def write_model(folder: Path, size: Size, seed: int) -> Path:
-    """A model folder: weights, configuration, and a tokenizer that makes one token of every word."""
+def write_model(folder: Path, size: Size, seed: int, dtype: str = "float32", **changes: Any) -> Path:
+    """A model folder: weights, configuration, and a tokenizer that makes one token of every word. `changes`: of
+    LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 3,
-        num_hidden_layers=size.layers,
-        num_attention_heads=max(1, size.hidden // 64),
-        num_key_value_heads=max(1, size.hidden // 64),
-        max_position_embeddings=size.sequence,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    config = {
+        "vocab_size": size.vocab,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.hidden * 3,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": max(1, size.hidden // 64),
+        "num_key_value_heads": max(1, size.hidden // 64),
+        "max_position_embeddings": size.sequence,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**config | changes)).to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder, size.vocab)
     return folder
 

@@ -39,8 +39,7 @@ class BuiltModel:
     `shapes` are those of whole parameters, which a strategy may hold flat; `tables` the names of embeddings and heads,
     which some optimizers treat otherwise; `packed` weights of the base that are held in 4 bits, by their stored names.
     Tied parameters appear once. `buffers` maps what the folder holds beside parameters to its names there
-    (`buffers.py`). What files call a tensor of the base, or what pieces of it they hold,
-    `layout` says.
+    (`buffers.py`). What files call a tensor of the base, or what pieces of it they hold, `layout` says.
     """
 
     loss_model: LossModel

@@ -123,6 +123,8 @@ def test_a_rank_hangs_ray_ends_and_the_driver_is_killed(folder, undisturbed):
     found = failures(directory)
     assert [(one.kind, one.by) for one in found] == [("hang", "ranks"), ("driver", "driver"), ("driver", "driver")]
     assert len({one.launch for one in found}) == 1
+    own, stood_by, *_ = RunDirectory(str(directory)).attempts()
+    assert own.began is None and stood_by.began > stood_by.process.started
     assert "Ray has ended, and its driver with it" in found[1].says
     [stacks] = (directory / "stacks").glob("*.txt")
     text = stacks.read_text()
