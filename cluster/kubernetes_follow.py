@@ -112,34 +112,6 @@ class Watched(threading.Thread):
         self._closed.set()
 
 
-@dataclass
-class PodLog:
-    """The log of one head, read on from where it broke off."""
-
-    pod: str
-    shown: int = 0
-    """Bytes that have been passed on."""
-    reading: bool = False
-    ended_s: float | None = None
-    """When the server last ended it."""
-
-    def read(self, api: Api, put: Callable[[bytes | None], None], *, follow: bool = True) -> None:
-        """Pass on what is new, and None when the server ends it; a log that is followed ends with its pod."""
-        seen = 0
-        path = ("api", "v1", "namespaces", api.namespace, "pods", self.pod, "log")
-        try:
-            for data in api.stream(*path, follow=str(follow).lower(), container=HEAD):
-                new = data[max(0, self.shown - seen) :]
-                seen += len(data)
-                if new:
-                    self.shown = seen
-                    put(new)
-        except (ApiError, Gone, InfrastructureError):
-            pass  # it is asked for again; where that cannot help, the watches fail too
-        finally:
-            put(None)
-
-
 class Filter:
     """Takes what is for us out of the head's log: the driver's exit code, which nodes are not fit."""
 
@@ -175,6 +147,35 @@ class Filter:
 
 
 @dataclass
+class PodLog:
+    """The log of one head, read on from where it broke off."""
+
+    pod: str
+    filter: Filter
+    shown: int = 0
+    """Bytes that have been passed on."""
+    reading: bool = False
+    ended_s: float | None = None
+    """When the server last ended it."""
+
+    def read(self, api: Api, put: Callable[[bytes | None], None], *, follow: bool = True) -> None:
+        """Pass on what is new, and None when the server ends it; a log that is followed ends with its pod."""
+        seen = 0
+        path = ("api", "v1", "namespaces", api.namespace, "pods", self.pod, "log")
+        try:
+            for data in api.stream(*path, follow=str(follow).lower(), container=HEAD):
+                new = data[max(0, self.shown - seen) :]
+                seen += len(data)
+                if new:
+                    self.shown = seen
+                    put(new)
+        except (ApiError, Gone, InfrastructureError):
+            pass  # it is asked for again; where that cannot help, the watches fail too
+        finally:
+            put(None)
+
+
+@dataclass
 class Follower:
     """Of one job. `write` gets what is to be shown."""
 
@@ -184,8 +185,6 @@ class Follower:
     clock: Callable[[], float] = time.monotonic
     _news: queue.Queue[LogNews | None] = field(default_factory=queue.Queue)
     _logs: dict[str, PodLog] = field(default_factory=dict)
-    _code: int | None = None
-    """With which the driver has ended last."""
     _begun: bool = False
     """Whether the driver has printed anything."""
     _known: dict[str, tuple[float, Cause]] = field(default_factory=dict)
@@ -199,7 +198,6 @@ class Follower:
         """Until the job is over; the driver's exit code. Raises UserError for what somebody has to mend, and
         InfrastructureError for a job that is lost."""
         self._begun_s = self.clock()
-        self._filter = Filter(self.place.job)
         self._replacement = Replacement(self.api, self.place.name, self.write)
         space = ("api", "v1", "namespaces", self.api.namespace, "pods")
         selector = {"fieldSelector": f"metadata.name={self.place.name}"}
@@ -227,13 +225,28 @@ class Follower:
         yield from (news for news in [first, *more] if news is not None)
 
     def _show(self, pod: str, data: bytes | None) -> None:
+        log = self._logs[pod]
         if data is None:
-            self._logs[pod].reading, self._logs[pod].ended_s = False, self.clock()
+            log.reading, log.ended_s = False, self.clock()
             return
         self._begun = True
-        if text := self._filter.feed(data):
+        if text := log.filter.feed(data):
             self.write(text)
-        self._code = self._filter.code
+
+    @property
+    def _newest(self) -> PodLog | None:
+        """Of the head that was started last: what an earlier one's log says late is not about it."""
+        return next(reversed(self._logs.values()), None)
+
+    @property
+    def _code(self) -> int | None:
+        """With which the driver has ended, if it is not started again by now."""
+        return self._newest.filter.code if self._newest else None
+
+    @property
+    def _unfit(self) -> tuple[str, ...]:
+        """Addresses of nodes that it has found unfit."""
+        return self._newest.filter.unfit if self._newest else ()
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 
@@ -252,13 +265,13 @@ class Follower:
             return None if reading else self._gone()
         if (rayjob.get("status") or {}).get("jobDeploymentStatus") in TERMINAL and not reading:
             return self._over(rayjob, pods)
-        self._replacement.look(rayjob, pods, next(reversed(self._logs), ""), self._filter.unfit)
+        self._replacement.look(rayjob, pods, next(reversed(self._logs), ""), self._unfit)
         self._say_what_is_missing(rayjob, pods)
         return None
 
     def _ended_before(self, rayjob: Object) -> list[str]:
         """The driver has ended and the job has not: it is started again, by KubeRay or when Kueue has room."""
-        if self._code is None or self._filter.unfit:  # which has been said
+        if self._code is None or self._unfit:  # which has been said
             return []
         if not (rayjob["spec"].get("backoffLimit") or rayjob["spec"].get("suspend")):
             return []
@@ -270,9 +283,8 @@ class Follower:
         return _shown(self._code)
 
     def _over(self, rayjob: Object, pods: Mapping[str, Object]) -> int:
-        if self._code is None and self._logs:  # where the log broke off, the end may still be there
-            pod, log = list(self._logs.items())[-1]
-            log.read(self.api, partial(self._show, pod), follow=False)
+        if self._code is None and (log := self._newest) is not None:  # it broke off: its end may still be there
+            log.read(self.api, partial(self._show, log.pod), follow=False)
         if self._code is not None:
             return _shown(self._code)
         why = [kubernetes_causes.failed(rayjob), *(kubernetes_causes.ended(pod) for pod in pods.values())]
@@ -287,8 +299,7 @@ class Follower:
             return
         name = head["metadata"]["name"]
         if name not in self._logs:
-            self._logs[name] = PodLog(name)
-            self._code, self._filter = None, Filter(self.place.job)
+            self._logs[name] = PodLog(name, Filter(self.place.job))
         log = self._logs[name]
         if log.reading or self._code is not None:
             return

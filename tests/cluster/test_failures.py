@@ -150,6 +150,7 @@ def test_nodes_are_lost_come_and_are_taken_away(folder, undisturbed):
         )
         after(command, directory, 6)
         cluster.lose("two")
+        after(command, directory, 6, attempt=2)
         cluster.add("three")
         after(command, directory, 7, attempt=3)
         cluster.drain("one")

@@ -514,6 +514,39 @@ def test_kuberay_starts_the_job_again(served, tmp_path):
     assert (job.code, job.error) == (2, None)
 
 
+def test_what_a_former_heads_log_says_late_is_not_about_the_new_one(served, tmp_path, monkeypatch):
+    """Servers hand logs on when they have time: the end of the first driver may come after the second's beginning."""
+    late, read = threading.Event(), kubernetes_follow.PodLog.read
+
+    def read_late(log, api, put, **more):
+        def passed_on(data):
+            if log.pod == "head" and data is not None and exit_mark(job.job).encode() in data:
+                late.wait(20)
+            put(data)
+
+        read(log, api, passed_on, **more)
+
+    monkeypatch.setattr(kubernetes_follow.PodLog, "read", read_late)
+    job = Following(served, tmp_path, backoff_limit=1)
+    job.pod()
+    job.log()
+    job.state(running={})
+    job.print("step 1\n")
+    job.says("step 1\n")
+    job.end(2)
+    job.kube.delete("pods", "head")
+    job.pod("second")
+    job.log("second")
+    job.state("second", running={})
+    job.print("step 2\n", "second")
+    job.says("step 2\n")
+    late.set()
+    job.end(0, "second")
+    job.ends()
+    assert (job.code, job.error) == (0, None)
+    assert "step 1\nstep 2\n" in job.text
+
+
 @pytest.mark.parametrize("queue", [None, "gpus"])
 def test_a_job_with_unfit_nodes_is_started_again_without_them(served, tmp_path, queue):
     """It is suspended, told what to keep off, and released once its pods are gone: by us, or by Kueue."""

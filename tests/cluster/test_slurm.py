@@ -68,7 +68,7 @@ def reached(directory: Path, step: int, attempt: int = 1) -> bool:
         if log.exists()
         else []
     )
-    return any(line["kind"] == "step" and line["attempt"] == attempt and line["step"] >= step for line in lines)
+    return any(line["kind"] == "step" and line["attempt"] >= attempt and line["step"] >= step for line in lines)
 
 
 def record(directory: Path) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from pathlib import Path
 import pytest
 from forked import run_forked
 from processes import Command, ftlaunch, run, torchrun
+from slow_steps import slow_steps
 from tiny import recipe_for, write_recipe
 
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher.history import read_history
 
 STEPS = 10
+STEP_S = 0.2
+"""Long enough that a watcher on a busy machine sees a run at its last steps before it has ended."""
 CHECKPOINTED = {"model.safetensors", "training/exp_avg.safetensors", "training/exp_avg_sq.safetensors"}
 
 Moment = Callable[[Path], bool]
@@ -76,7 +79,7 @@ def kill_at(command: Sequence[str], folder: Path, directory: Path, moments: Sequ
     """Start, kill at the first moment, start again, kill at the second, …, and let it end; the number of kills."""
     kills = 0
     for moment in moments:
-        running = Command(command, folder)
+        running = Command(command, folder, slow_steps(folder, STEP_S))
         if running.wait_until(lambda moment=moment: moment(directory)):
             kills += running.process.poll() is None
         running.kill()

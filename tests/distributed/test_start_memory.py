@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def growth_of_a_start(rank: int, size: int, small: dict[str, Any], large: dict[s
     libc.mallopt(-3, 2**20)
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     Rank.build(small, world)  # whatever is imported or set up once
-    libc.malloc_trim(0)  # so does what the tests before have freed, and this process has inherited
+    gc.collect()  # what the tests before have left, and this process has inherited, is not to be freed in between
+    libc.malloc_trim(0)
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to now (proc(5))
     made = Rank.build(large, world)

@@ -53,6 +53,7 @@ class CloudSite:
     port: int
     hosts: Hosts
     subnets: dict[str, str] = field(default_factory=dict)
+    _clients: dict[str, Any] = field(default_factory=dict)
     image: str = ""
     boots: bool = True
     """Whether machines have power; without, they are only listed."""
@@ -70,6 +71,10 @@ class CloudSite:
         }
 
     def client(self, region: str = HOME) -> Any:
+        """One for all threads: making one takes long, and boto3 must not be asked for two at the same time."""
+        return self._clients[region]
+
+    def _make_client(self, region: str) -> Any:
         import boto3
 
         return boto3.client(
@@ -110,7 +115,7 @@ class CloudSite:
         systemctl.write_text(SYSTEMCTL.format(folder=self.folder))
         systemctl.chmod(0o755)
         for region in (HOME, AWAY):
-            client = self.client(region)
+            client = self._clients[region] = self._make_client(region)
             cidr = f"{self.hosts.subnet}.0/24"
             vpc = client.create_vpc(CidrBlock=cidr)["Vpc"]["VpcId"]
             subnet = client.create_subnet(VpcId=vpc, CidrBlock=cidr, AvailabilityZone=f"{region}a")
@@ -189,7 +194,8 @@ def cloud_site(folder: Path) -> Iterator[CloudSite]:
         finally:
             site.stop()
             power.join(60)
-        assert site.failed == []
+        for failure in site.failed:
+            raise AssertionError("machines have lost their power") from failure
 
 
 def wait_until(happened: Any, what: Any, wait_s: float = 60.0) -> None:
