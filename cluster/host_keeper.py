@@ -63,12 +63,16 @@ class Watch:
         host, port = address
         self._address, self._clock = (str(host), int(port)), clock
         self._answered_s = clock()
+        self.is_refused = False
+        """Whether the host has said, when last asked, that nobody listens there: the Ray that was there is over."""
 
     def why_not(self) -> tuple[float, str] | None:
         """Seconds for which its silence is borne, and what that means then; None: it answers."""
+        self.is_refused = False
         try:
             socket.create_connection(self._address, timeout=2.0).close()
         except ConnectionRefusedError:
+            self.is_refused = True
             return REFUSED_S, "the job on the first host has ended"
         except OSError:
             return LOST_S, "the first host does not answer any more"
@@ -196,14 +200,24 @@ class Keeper:
                 return self._ray_is_over(code)
             if not self._ray_ends.ended():
                 return f"Ray has ended (exit code {code})"
-            end_processes(self._folder.name)
-            self._ray = None
+            self._end_ray()
             if self._driver:
                 self._driver.wait()
                 self._drive(f"Ray on the first host has ended (exit code {code})")
+        if self._ray is not None and self._may_restart and self._watch is not None and self._watch.is_refused:
+            # One that is there again within seconds is another one, and this host's, which asks for the one it knew,
+            # would need half a minute to see that.
+            self._end_ray()
         if self._ray is None and (self._watch is None or self._watch.why_not() is None):
             self._start_ray()
         return None
+
+    def _end_ray(self) -> None:
+        """With its ranks, and whatever else is the job's on this host."""
+        end_processes(self._folder.name)
+        if self._ray is not None:
+            self._ray.wait()
+            self._ray = None
 
     def _left_alone(self) -> str | None:
         if not self._has("released"):

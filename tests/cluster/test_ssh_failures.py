@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from processes import Command, ftlaunch
+from slow_steps import slow_steps
 from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
 from training import read_run, train
@@ -13,13 +14,13 @@ from training import read_run, train
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher.budget import read_failures
 
-STEPS = 60
-DATA = {"sequence_length": 256}
+STEPS = 30
+STEP_S = 0.3
 
 
 def recipe(folder: Path, name: str, cluster: dict[str, object]) -> dict[str, object]:
-    train_ = {"max_steps": STEPS, "global_batch_size": 24, "learning_rate": 1e-4}
-    made = recipe_for(folder, train=train_, checkpoint={"every_steps": 5}, data=DATA, cluster=cluster)
+    train_ = {"max_steps": STEPS, "global_batch_size": 6, "learning_rate": 1e-4}
+    made = recipe_for(folder, train=train_, checkpoint={"every_steps": 5}, cluster=cluster)
     return {**made, "name": name}
 
 
@@ -33,11 +34,11 @@ def reached(directory: Path, step: int, attempt: int) -> bool:
 def test_ray_on_a_host_the_driver_and_the_head_are_lost(hosts: Hosts):
     work = hosts.folder / "lost"
     work.mkdir()
-    cluster = hosts.cluster(env=["OMP_NUM_THREADS", "HF_HUB_*"])
+    cluster = hosts.cluster(env=["OMP_NUM_THREADS", "HF_HUB_*", "PYTHONPATH"])
     undisturbed = train(recipe(work, "undisturbed", {"type": "local"}), 3)
     write_recipe(work / "lost.yaml", recipe(work, "lost", cluster))
     directory = work / "runs" / "lost"
-    command = Command(ftlaunch("lost.yaml"), work)
+    command = Command(ftlaunch("lost.yaml"), work, slow_steps(work, STEP_S))
 
     def after(step: int, attempt: int) -> None:
         assert command.wait_until(lambda: reached(directory, step, attempt)), command.text

@@ -162,8 +162,10 @@ def test_a_first_host_that_refuses_is_given_up_before_one_that_is_silent(monkeyp
         watch = Watch(server.getsockname(), clock)
         clock.now_s = 100.0
         assert watch.why_over() is None
+        assert not watch.is_refused
     clock.now_s += REFUSED_S / 2
     assert watch.why_over() is None
+    assert watch.is_refused
     clock.now_s += REFUSED_S
     assert watch.why_over() == "the job on the first host has ended"
 
@@ -172,6 +174,7 @@ def test_a_first_host_that_refuses_is_given_up_before_one_that_is_silent(monkeyp
 
     monkeypatch.setattr(socket, "create_connection", silence)
     assert watch.why_over() is None
+    assert not watch.is_refused  # a network may be gone for a while, and Ray still be there
     clock.now_s += LOST_S
     assert watch.why_over() == "the first host does not answer any more"
 
