@@ -20,7 +20,7 @@ from training import Trained, read_run, train
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.launcher.budget import Entry, read_failures
 
-STEPS = 40
+STEPS = 32
 STEP_S = 0.4
 HANG_S = 4.0
 TENSORS = ("model.safetensors", "training/exp_avg.safetensors", "training/exp_avg_sq.safetensors")
