@@ -141,14 +141,14 @@ class LiveNodesPolicy(ScalingPolicy):  # type: ignore[misc]
         choose: Callable[[int], int | None],
         bad_nodes: Callable[[], list[str]],
         leave: Callable[[Move], None],
-        say: Say,
+        say_waiting: Say,
         grow_after_s: float,
         is_pausing: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(scaling_config)
         self._demand, self._nodes, self._choose, self._bad_nodes = demand, nodes, choose, bad_nodes
-        self._leave, self._say, self._grow_after_s, self._clock = leave, say, grow_after_s, clock
+        self._leave, self._say_waiting, self._grow_after_s, self._clock = leave, say_waiting, grow_after_s, clock
         self._is_pausing = is_pausing
         self._has_started = False
         self._waiting_since: float | None = None
@@ -186,7 +186,7 @@ class LiveNodesPolicy(ScalingPolicy):  # type: ignore[misc]
         now = self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
-            self._say(f"waiting for nodes: {there} of {self._demand.needed_nodes} are there; Ctrl-C gives up")
+            self._say_waiting(f"waiting for nodes: {there} of {self._demand.needed_nodes} are there; Ctrl-C gives up")
         if now - self._waiting_since > ROOM_S:
             raise NoRoom(f"{there} of {self._demand.needed_nodes} nodes were there for {ROOM_S / 60:g} min")
         time.sleep(WAIT_S)

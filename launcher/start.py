@@ -104,12 +104,13 @@ def run_on(
 
 def _take_over(run: RunDirectory, loaded: LoadedRecipe, beginning: Beginning, console: Console) -> None:
     """From a driver that has died. Raises InfrastructureError where that has happened too often."""
-    if beginning.again:
-        response: Response = "moved" if _is_counted(run, beginning.launch) else "again"
-        _spend(run, loaded, beginning, Failure("driver", response, beginning.again), console)
+    # Its ranks may save once more before they end: what is said, and kept, of the newest checkpoint is to be true.
     deadline_s = time.monotonic() + OLD_RANKS_S
     while (alive := run.live_attempt()) and alive.process.is_here() and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
+    if beginning.again:
+        response: Response = "moved" if _is_counted(run, beginning.launch) else "again"
+        _spend(run, loaded, beginning, Failure("driver", response, beginning.again), console)
 
 
 def _is_counted(run: RunDirectory, launch: str) -> bool:

@@ -51,8 +51,8 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
     budget = Budget(run, launch, recipe.cluster.max_restarts)
     streams = choose_streams(recipe, demand.ranks)
 
-    def say(text: str) -> None:
-        control.tell.remote({"kind": "message", "level": "warning", "text": text, "launcher": True})
+    def say(text: str, *, waits: bool = False) -> None:
+        control.tell.remote({"kind": "message", "level": "warning", "text": text, "launcher": True, "waits": waits})
 
     failures = BudgetPolicy(budget, say, hide=lambda text: redact(text, loaded.secrets))
     scaling = LiveNodesPolicy(
@@ -62,7 +62,7 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
         choose=partial(choose_nodes, demand=demand, recipe=recipe, streams=streams),
         bad_nodes=budget.bad_nodes,
         leave=control.request_move.remote,
-        say=say,
+        say_waiting=partial(say, waits=True),
         grow_after_s=wanted.grow_after_s if isinstance(wanted := recipe.cluster.nodes, NodeRange) else float("inf"),
         is_pausing=lambda: failures.is_pausing,
     )

@@ -134,7 +134,7 @@ class _Training:
     error: BaseException | None = None
     _interrupts: int = 0
     _begun: bool = False
-    """Whether a rank has said anything."""
+    """Whether a rank has said anything since nodes were last waited for."""
     _control: Any = field(default=None)
     _trainer: Any = field(default=None)
     _verdict: Failure | None = None
@@ -176,8 +176,8 @@ class _Training:
                 events, ending = ray.get(self._control.take.remote(), timeout=CONTROL_S)
             except (RayError, GetTimeoutError) as error:
                 raise ClusterLost(f"Ray on this machine does not answer any more: {error}") from error
-            self._begun = self._begun or any("launcher" not in event for event in events)
             for event in events:
+                self._begun = "launcher" not in event or (self._begun and not event.get("waits"))
                 self.view.update(event)
             if ending is not None and ending.outcome == "failed":
                 # Ranks that only saw a connection break would be started again, to fail again.
@@ -208,7 +208,7 @@ class _Training:
 
     def _on_interrupt(self) -> None:
         self._interrupts += 1
-        if self._interrupts > 1 or not self._begun:  # before the ranks are there, nothing is lost
+        if self._interrupts > 1 or not self._begun:  # while no ranks are there, nothing is lost
             raise KeyboardInterrupt
         self.view.update({"kind": "message", "level": "warning", "text": "stopping after this step; again: at once"})
         self._control.request_stop.remote()

@@ -171,6 +171,25 @@ def test_nodes_are_lost_come_and_are_taken_away(folder, undisturbed):
     assert last_losses(directory) == pytest.approx(undisturbed.losses, rel=1e-5)
 
 
+def test_a_run_that_waits_for_a_lost_node_can_be_stopped(folder):
+    """Nothing is lost by it, so nobody has to ask twice."""
+    directory = folder / "runs" / "short-of-one"
+    slow = slow_steps(folder, STEP_S, PATH)
+    with ray_nodes(folder, "one", "two", environment={**slow, "OMP_NUM_THREADS": "1"}) as cluster:
+        settings = {"type": "ray", "address": cluster.address, "nodes": 2, "gpus_per_node": 0, "doctor": False}
+        command = start(folder, "short-of-one", {**cluster.variables, **slow}, **settings)
+        after(command, directory, 6)
+        cluster.lose("two")
+        assert command.wait_until(lambda: "waiting for nodes: 1 of 2 are there" in command.text), command.text
+        command.interrupt()
+        assert command.wait() == 130, command.text
+    assert command.text.count("waiting for nodes") == 1
+    assert "stopping after this step" not in command.text
+    [lost] = failures(directory)
+    assert lost.kind in ("node", "killed")
+    assert lost.step == 5
+
+
 def test_a_failure_that_comes_back_ends_the_run(folder):
     directory = folder / "runs" / "spent"
     command = start(folder, "spent", type="local", processes_per_node=2, gpus_per_node=0, max_restarts=0)

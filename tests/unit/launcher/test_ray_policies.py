@@ -133,7 +133,7 @@ class Bed:
             choose=lambda there: min(there, most) if there >= demand.needed_nodes else None,
             bad_nodes=lambda: self.bad,
             leave=self.moves.append,
-            say=self.said.append,
+            say_waiting=self.said.append,
             grow_after_s=30.0,
             is_pausing=lambda: self.pausing,
             clock=lambda: self.now_s,
