@@ -11,6 +11,7 @@ from ..recipes.schema_cluster import RayCluster
 from ..recipes.schema_nodes import least_nodes
 from . import autoscaling
 from .base import CodeFolder, Demand, Endpoint
+from .ray_driver_compat import say_nothing_of_services
 from .ray_settings import quiet
 
 Resources = Mapping[str, float]
@@ -112,6 +113,7 @@ def connect(address: str, runtime_env: dict[str, Any]) -> str:
     quiet()
     import ray
 
+    say_nothing_of_services()
     try:
         context = ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:

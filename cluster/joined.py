@@ -8,6 +8,7 @@ import time
 
 from ..recipes.errors import InfrastructureError
 from .base import CodeFolder, Demand, Endpoint
+from .ray_driver_compat import say_nothing_of_services
 from .ray_settings import quiet
 
 WAIT_S = 180.0
@@ -37,6 +38,7 @@ class Joined:
         import ray
 
         self._wait_for_ray()
+        say_nothing_of_services()
         ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
         self._wait_for_nodes()
         return Endpoint(self._address)

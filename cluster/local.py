@@ -9,6 +9,7 @@ import tempfile
 
 from ..recipes.schema_cluster import LocalCluster
 from .base import CodeFolder, Demand, Endpoint
+from .ray_driver_compat import say_nothing_of_services
 from .ray_settings import configure, quiet
 
 PIPED_AGENTS = {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
@@ -65,6 +66,7 @@ class Local:
 
         from .ray_node_compat import start_only_what_runs_work
 
+        say_nothing_of_services()
         start_only_what_runs_work()
         demand = self._demand
         self._folder = _own_folder()

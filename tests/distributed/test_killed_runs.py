@@ -7,6 +7,7 @@ commit.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -75,15 +76,16 @@ def final(directory: Path) -> dict[str, bytes]:
     return files | {"extent": json.dumps([state["extent"], state["stream"]], sort_keys=True).encode()}
 
 
-def kill_at(command: Sequence[str], folder: Path, directory: Path, moments: Sequence[Moment]) -> int:
-    """Start, kill at the first moment, start again, kill at the second, …, and let it end; the number of kills."""
-    kills = 0
-    for moment in moments:
+def kill_at(commands: Sequence[Sequence[str]], folder: Path, directory: Path, moments: Sequence[Moment]) -> int:
+    """Start, kill at the first moment, start again, kill at the second, …, and let it end, with commands in turns; the
+    number of kills."""
+    kills, turns = 0, itertools.cycle(commands)
+    for moment, command in zip(moments, turns, strict=False):
         running = Command(command, folder, slow_steps(folder, STEP_S))
         if running.wait_until(lambda moment=moment: moment(directory)):
             kills += running.process.poll() is None
         running.kill()
-    code, output = run(command, folder)
+    code, output = run(next(turns), folder)
     assert code == 0, output
     return kills
 
@@ -103,9 +105,12 @@ def whole(folder):
 
 
 def test_killed_at_start_up_between_steps_and_in_mid_save(folder, whole):
+    """Under torchrun and under Ray in turns."""
     recipe, directory = prepare(folder, "killed")
+    ranks = "cluster.processes_per_node=2"
+    commands = [torchrun(2, str(recipe), ranks), ftlaunch(str(recipe), ranks)]
     moments = [started, reached(3), saving(4), committed(6), reached(9)]
-    assert kill_at(torchrun(2, str(recipe)), folder, directory, moments) == len(moments)
+    assert kill_at(commands, folder, directory, moments) == len(moments)
     assert final(directory) == whole
     assert_every_second_is_accounted_for(directory)
 
@@ -124,13 +129,6 @@ def assert_every_second_is_accounted_for(directory: Path) -> None:
     assert history.ledger.paused_s == 0
 
 
-def test_under_ray_the_same_weights_after_a_kill(folder, whole):
-    recipe, directory = prepare(folder, "killed-under-ray")
-    command = ftlaunch(str(recipe), "cluster.processes_per_node=2")
-    assert kill_at(command, folder, directory, [saving(4)]) == 1
-    assert final(directory) == whole
-
-
 @pytest.mark.evidence
 def test_kills_at_random_moments(folder, whole, tmp_path):
     """`make evidence NAME=random_moments`: five runs, each killed at five random moments, under Ray."""
@@ -139,6 +137,6 @@ def test_kills_at_random_moments(folder, whole, tmp_path):
         recipe, directory = prepare(folder, f"random-{number}")
         steps = sorted(rng.sample(range(1, STEPS + 1), 4))
         moments = [started, *(rng.choice([reached, saving])(step + step % 2) for step in steps)]
-        kill_at(ftlaunch(str(recipe), "cluster.processes_per_node=2"), folder, directory, moments)
+        kill_at([ftlaunch(str(recipe), "cluster.processes_per_node=2")], folder, directory, moments)
         assert final(directory) == whole
         shutil.rmtree(directory)
