@@ -8,6 +8,9 @@ from .record import Line, Record
 WAITING_SHARE = 0.1
 """Of the time in steps: from here on the data is called the bottleneck. Less is lost in the spread of step times."""
 
+WAITING_S = 1.0
+"""In all: less is nothing to think about, however short the run."""
+
 READ_AGAIN = 1.2
 """Bytes read to bytes needed: from here on it is said that blocks are read more than once."""
 
@@ -18,15 +21,14 @@ ENOUGH_BYTES = 256 * 2**20
 def waiting_share(record: Record) -> float:
     """Share of the time in steps in which ranks waited for data. The first step of each attempt is left out: readers
     have just started."""
-    steps = _settled(record)
-    seconds = sum(float(line["step_s"]) for line in steps)
-    return sum(float(line["data_wait_s"]) for line in steps) / seconds if seconds > 0 else 0.0
+    waited_s, in_steps_s = _waiting(record)
+    return waited_s / in_steps_s if in_steps_s > 0 else 0.0
 
 
 def data_bottleneck(record: Record) -> str | None:
     """What to say when the data holds the run up; None: it does not."""
     share = waiting_share(record)
-    if share <= WAITING_SHARE:
+    if share <= WAITING_SHARE or _waiting(record)[0] < WAITING_S:
         return None
     return (
         f"the data is the bottleneck: ranks waited for it in {share:.0%} of the time. Let more processes read and "
@@ -50,6 +52,12 @@ def _read_again(record: Record) -> str:
         f" {read} were read to serve {needed}: the files' blocks are large for so many streams. Write parquet with "
         "smaller row groups (8 to 64 MiB), or lower data.streams."
     )
+
+
+def _waiting(record: Record) -> tuple[float, float]:
+    """Seconds in which ranks waited for data, and of steps as a whole."""
+    steps = _settled(record)
+    return sum(float(line["data_wait_s"]) for line in steps), sum(float(line["step_s"]) for line in steps)
 
 
 def _settled(record: Record) -> list[Line]:

@@ -171,13 +171,13 @@ class SlowHandler(RangeHandler):
     """Answers after a while, one request at a time: `serve_forever` of a server without threads."""
 
     def do_GET(self) -> None:
-        time.sleep(0.15)
+        time.sleep(0.25)
         super().do_GET()
 
 
 def test_a_run_that_waits_for_its_data_says_so(tmp_path):
     """Many small blocks behind a slow server, and a model that learns faster than they come."""
-    recipe = recipe_for(tmp_path, name="slow", train={"max_steps": 12, "global_batch_size": 4, "micro_batch_size": 4})
+    recipe = recipe_for(tmp_path, name="slow", train={"max_steps": 20, "global_batch_size": 4, "micro_batch_size": 4})
     write_parquet(tmp_path / "text.parquet", text_rows(400), row_group_size=4)
     recipe["data"] |= {"eval": [], "pack_buffer": 1}
     with HTTPServer(("127.0.0.1", 0), partial(SlowHandler, directory=str(tmp_path))) as server:
@@ -187,6 +187,6 @@ def test_a_run_that_waits_for_its_data_says_so(tmp_path):
         code, said = run(ftlaunch(str(write_recipe(tmp_path / "slow.yaml", recipe))), tmp_path)
         server.shutdown()
     assert code == 0, said
-    assert sum(step["data_wait_s"] for step in read_run(tmp_path / "runs/slow").steps[1:]) > 0.15
+    assert sum(step["data_wait_s"] for step in read_run(tmp_path / "runs/slow").steps[1:]) > 1.0
     assert "the data is the bottleneck" in " ".join(said.split())
     assert "the data is the bottleneck" in (tmp_path / "runs/slow/report.html").read_text()

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from ftlaunch.launcher.bottleneck import WAITING_SHARE, bytes_read, data_bottleneck, waiting_share
+from ftlaunch.launcher.bottleneck import WAITING_S, WAITING_SHARE, bytes_read, data_bottleneck, waiting_share
 from ftlaunch.launcher.record import Record, make_record
 from ftlaunch.launcher.report import render_report
 from ftlaunch.launcher.summary import show_summary, summarise
@@ -36,13 +36,19 @@ def test_waiting_is_counted_without_the_first_step_of_each_attempt():
 
 
 def test_up_to_the_threshold_nothing_is_said():
-    assert data_bottleneck(run([0.9, WAITING_SHARE, WAITING_SHARE])) is None
+    assert data_bottleneck(run([0.9, *[WAITING_SHARE - 0.001] * 20])) is None
     assert data_bottleneck(run([])) is None
     assert data_bottleneck(run([0.9])) is None
 
 
+def test_seconds_count_too():
+    """Of a run of a few steps nobody wants to hear that it could have been a moment shorter."""
+    assert data_bottleneck(run([0.0, WAITING_S / 2, WAITING_S / 4])) is None
+    assert data_bottleneck(run([0.0, WAITING_S / 2, WAITING_S / 2])) is not None
+
+
 def test_above_it_there_is_a_remedy():
-    said = data_bottleneck(run([0.0, 0.25, 0.25]))
+    said = data_bottleneck(run([0.0, *[0.25] * 4]))
     assert said is not None
     assert "waited for it in 25% of the time" in said
     assert "data.reader_processes" in said
@@ -50,21 +56,21 @@ def test_above_it_there_is_a_remedy():
 
 
 def test_blocks_that_are_read_again_and_again_are_named():
-    said = data_bottleneck(run([0.0, 0.25, 0.25], read=800 * MIB, needed=200 * MIB))
+    said = data_bottleneck(run([0.0, 0.5, 0.5], read=800 * MIB, needed=200 * MIB))
     assert said is not None
     assert "2.34 GiB were read to serve 600 MiB" in said
     assert "row groups" in said
 
 
 def test_bytes_are_compared_only_where_there_are_enough():
-    few, many = run([0.0, 0.25], read=8 * MIB, needed=2 * MIB), run([0.0], read=600 * MIB, needed=500 * MIB)
+    few, many = run([0.0, 1.0], read=8 * MIB, needed=2 * MIB), run([0.0], read=600 * MIB, needed=500 * MIB)
     assert bytes_read(few) is None
     assert "row groups" not in str(data_bottleneck(few))
     assert "600 MiB, 1.20 × needed" in render_report(many, name="bot", state="finished", recipe_text="")
 
 
 def test_the_summary_and_the_report_say_it():
-    slow, fine = run([0.0, 0.5]), run([0.0, 0.01])
+    slow, fine = run([0.0, 0.5, 0.5]), run([0.0, 0.01, 0.01])
     for record, expected in ((slow, True), (fine, False)):
         console = Console(file=io.StringIO(), width=200)
         show_summary(summarise(record, run="bot", checkpoint="", report="report.html"), console)
