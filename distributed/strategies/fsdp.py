@@ -41,6 +41,7 @@ class FsdpEngine:
         self._dtype = DTYPES[recipe.model.dtype]
         self._mesh = _mesh(recipe, world)
         self._replicas = world.size // self._mesh.shape[-1]
+        self._reduces = True
         self.module: nn.Module = _shard(built, recipe, self._mesh)
         self._materialise()
         self._buffers = Buffers(built, world.size)
@@ -81,8 +82,15 @@ class FsdpEngine:
         self._optimizer.set_learning_rate(learning_rate)
 
     def backward(self, loss_sum: Tensor, weight_total: float, *, last_micro_batch: bool) -> None:
-        # FSDP2 reduces every micro-batch: accumulating unreduced gradients would keep a full copy on every rank.
+        self._reduce_over_replicas(last_micro_batch)
         (loss_sum / weight_total).backward()  # type: ignore[no-untyped-call]
+
+    def _reduce_over_replicas(self, now: bool) -> None:
+        """With a step's last micro-batch only: until then each replica adds up its own. Within a replica FSDP2 reduces
+        every micro-batch, because gradients that are not reduced are whole on every rank."""
+        if self._replicas > 1 and now != self._reduces and isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(now)
+            self._reduces = now
 
     def step(self) -> float:
         self._buffers.refuse_changes()

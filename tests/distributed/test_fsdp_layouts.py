@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from harness import RanksFailed, run_distributed
-from one_rank import Rank
+from one_rank import Rank, read_steps, relative
+from one_rank import alone as alone_in_the_world
 from safetensors.torch import load_file
 from tiny import recipe_for
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training import Trained, train, train_all, world_of
+
+from ftlaunch.distributed.data.stream import StepBatches
 
 LOSS_TOLERANCE = 1e-5
 """Relative; sums in another order. See `test_training_layout.py`, whose bounds these are."""
@@ -94,6 +99,35 @@ def test_ranks_of_a_node_share_and_nodes_repeat(tmp_path):
         for mesh, held, _ in run_distributed(placed, sum(nodes), recipe(tmp_path, "placed", HYBRID), nodes):
             assert mesh == shape
             assert held == pytest.approx(share, abs=30)
+
+
+def summed(
+    rank: int, size: int, settings: dict[str, Any], nodes: tuple[int, ...], step: StepBatches, alone: dict[str, Tensor]
+) -> tuple[int, int, float]:
+    """Of one step that every rank takes alike: sums over replicas; groups of parameters that are summed together; how
+    far the gradients are from what so many ranks alone would have."""
+    made = Rank.build(settings, world_of(rank, nodes))
+    with patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as sums:
+        made.accumulate(step)
+    groups = sum(isinstance(module, FSDPModule) for module in made.engine.module.modules())
+    gradients = made.gradients()
+    return sums.call_count, groups, max(relative(gradients[name], size * value) for name, value in alone.items())
+
+
+@pytest.mark.parametrize(("strategy", "nodes"), [({"type": "ddp"}, (3,)), (HYBRID, (2, 2)), (BOTH, (2, 2))])
+def test_replicas_are_summed_once_a_step(tmp_path, strategy, nodes):
+    """However many micro-batches it has."""
+    one = recipe(tmp_path, "one")
+    with alone_in_the_world() as group:
+        [step] = read_steps(one, group, 1)
+        rank = Rank.build(one)
+        rank.accumulate(step)
+        whole = rank.gradients()
+    assert len(step.micro_batches) == 6
+    settings = recipe(tmp_path, "summed", strategy)
+    for sums, groups, apart in run_distributed(summed, sum(nodes), settings, nodes, step, whole):
+        assert sums == groups > 1
+        assert apart < LOSS_TOLERANCE
 
 
 def test_nodes_that_differ_are_refused_on_every_rank(tmp_path):
