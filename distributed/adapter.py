@@ -112,7 +112,20 @@ def _refuse_unused(adapted: Any, adapter: Lora) -> None:
         if unused:
             raise UserError(
                 f"adapter.{key}: no module is called {', '.join(unused)}. Names look like {', '.join(_some(adapted))}."
+                f"{_of_experts(adapted, unused)}"
             )
+
+
+def _of_experts(adapted: Any, names: list[str]) -> str:
+    """What to say of names that are those of tensors, not of modules: one holds the weights of all experts of a layer."""
+    tensors = [name for name, _ in adapted.named_parameters()]
+    stacked = [name for name in names if any(tensor.endswith(f".{name}") for tensor in tensors)]
+    if not stacked:
+        return ""
+    return (
+        f" In this model {', '.join(stacked)} holds the weights of all experts of a layer, which adapters do not reach "
+        "here: leave it out, or train the model in full."
+    )
 
 
 def _is_saved(name: str) -> bool:

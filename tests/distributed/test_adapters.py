@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  takes long: once, before the ranks are forked
 import pytest
 import torch
+from families import random_recipe
 from logits import engine_logits, logits
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -174,3 +175,11 @@ def test_what_does_not_fit_is_refused(tmp_path, adapter, words):
     )
     with pytest.raises(UserError, match=words):
         build_model(typed, find_model(str(folder)))
+
+
+def test_experts_that_are_one_tensor_are_named(tmp_path):
+    """Adapters elsewhere are told of experts by such names; here they are no modules."""
+    settings = random_recipe(tmp_path, "qwen3_moe", adapter={"type": "lora", "target_modules": ["q_proj", "down_proj"]})
+    typed = Recipe.model_validate(settings)
+    with pytest.raises(UserError, match=r"down_proj holds the weights of all experts of a layer, .* leave it out"):
+        build_model(typed, find_model(typed.model.path))
