@@ -117,7 +117,7 @@ def _refuse_unused(adapted: Any, adapter: Lora) -> None:
 
 
 def _of_experts(adapted: Any, names: list[str]) -> str:
-    """What to say of names that are those of tensors, not of modules: one holds the weights of all experts of a layer."""
+    """What to say of names of tensors, not of modules: one holds the weights of all experts of a layer."""
     tensors = [name for name, _ in adapted.named_parameters()]
     stacked = [name for name in names if any(tensor.endswith(f".{name}") for tensor in tensors)]
     if not stacked:
