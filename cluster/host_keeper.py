@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ LOST_S = 30.0
 
 REFUSED_S = 15.0
 """While the first host is there and its Ray is not: it may be starting again."""
+
+ENDED_S = 0.5
+"""While it is refused, to be sure that the first host's Ray is over: longer than a firewall takes to load its rules."""
+
+RAY_END_S = 10.0
 
 RAY_IS_UP = b"Ray runtime started"
 DRIVER_ENDING_S = 60.0
@@ -63,20 +69,24 @@ class Watch:
         host, port = address
         self._address, self._clock = (str(host), int(port)), clock
         self._answered_s = clock()
-        self.is_refused = False
-        """Whether the host has said, when last asked, that nobody listens there: the Ray that was there is over."""
+        self._refused_since_s: float | None = None
 
     def why_not(self) -> tuple[float, str] | None:
         """Seconds for which its silence is borne, and what that means then; None: it answers."""
-        self.is_refused = False
+        refused_since_s, self._refused_since_s = self._refused_since_s, None
         try:
             socket.create_connection(self._address, timeout=2.0).close()
         except ConnectionRefusedError:
-            self.is_refused = True
+            self._refused_since_s = self._clock() if refused_since_s is None else refused_since_s
             return REFUSED_S, "the job on the first host has ended"
         except OSError:
             return LOST_S, "the first host does not answer any more"
         return None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the first host has said for a while that nobody listens there: the Ray that was there is over."""
+        return self._refused_since_s is not None and self._clock() - self._refused_since_s >= ENDED_S
 
     def why_over(self) -> str | None:
         """Why it is over; None while it answers, or may again."""
@@ -204,7 +214,7 @@ class Keeper:
             if self._driver:
                 self._driver.wait()
                 self._drive(f"Ray on the first host has ended (exit code {code})")
-        if self._ray is not None and self._may_restart and self._watch is not None and self._watch.is_refused:
+        if self._ray is not None and self._may_restart and self._watch is not None and self._watch.has_ended:
             # One that is there again within seconds is another one, and this host's, which asks for the one it knew,
             # would need half a minute to see that.
             self._end_ray()
@@ -216,7 +226,8 @@ class Keeper:
         """With its ranks, and whatever else is the job's on this host."""
         end_processes(self._folder.name)
         if self._ray is not None:
-            self._ray.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._ray.wait(RAY_END_S)
             self._ray = None
 
     def _left_alone(self) -> str | None:

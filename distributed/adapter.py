@@ -10,7 +10,7 @@ weight, and the model at work is what everybody opens later: the base as it was 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,8 @@ def adapt(causal_lm: Any, adapter: Lora) -> Any:
     try:
         adapted = get_peft_model(causal_lm, _config(adapter), autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(f"adapter: {error}") from error
+        targets = adapter.target_modules if isinstance(adapter.target_modules, tuple) else ()
+        raise UserError(f"adapter: {error}{_of_experts(causal_lm, targets)}") from error
     if causal_lm.config.get_text_config().tie_word_embeddings and causal_lm.get_output_embeddings() is not head:
         raise UserError(
             "adapter: this model's head is its embeddings (tie_word_embeddings), so it cannot be adapted or trained by "
@@ -116,9 +117,9 @@ def _refuse_unused(adapted: Any, adapter: Lora) -> None:
             )
 
 
-def _of_experts(adapted: Any, names: list[str]) -> str:
+def _of_experts(model: nn.Module, names: Sequence[str]) -> str:
     """What to say of names of tensors, not of modules: one holds the weights of all experts of a layer."""
-    tensors = [name for name, _ in adapted.named_parameters()]
+    tensors = [name for name, tensor in model.named_parameters() if tensor.ndim == 3 and not name.endswith(".weight")]
     stacked = [name for name in names if any(tensor.endswith(f".{name}") for tensor in tensors)]
     if not stacked:
         return ""

@@ -21,7 +21,7 @@ from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema_cluster import ClusterConfig, RayCluster
 from ..recipes.schema_nodes import NodeRange, least_nodes
-from .control import Ending
+from .control import Ending, Event
 from .doctor.preflight import on_fit_nodes
 from .failure import Failure
 from .hardware import Machine
@@ -134,7 +134,7 @@ class _Training:
     error: BaseException | None = None
     _interrupts: int = 0
     _begun: bool = False
-    """Whether a rank has said anything since nodes were last waited for."""
+    """Whether ranks have begun to connect since nodes were last waited for."""
     _control: Any = field(default=None)
     _trainer: Any = field(default=None)
     _verdict: Failure | None = None
@@ -177,8 +177,8 @@ class _Training:
             except (RayError, GetTimeoutError) as error:
                 raise ClusterLost(f"Ray on this machine does not answer any more: {error}") from error
             for event in events:
-                self._begun = "launcher" not in event or (self._begun and not event.get("waits"))
                 self.view.update(event)
+                self._note(event)
             if ending is not None and ending.outcome == "failed":
                 # Ranks that only saw a connection break would be started again, to fail again.
                 fit.join(ENDING_S)
@@ -187,6 +187,15 @@ class _Training:
                 ended: Ending | None = ending
                 return ended
         raise AssertionError("counting never ends")
+
+    def _note(self, event: Event) -> None:
+        """Raises KeyboardInterrupt where those who were to save are not there any more, nor will be soon."""
+        if event.get("waits"):
+            self._begun = False
+            if self._interrupts:
+                raise KeyboardInterrupt
+        elif event.get("phase") == "connecting":
+            self._begun = True
 
     def _say_what_is_missing(self) -> None:
         """Ranks that find no room are tried again without a word. Those that have it and are slow to start are not

@@ -27,8 +27,8 @@ class Layout:
     Besides, in a step: `copies` of blocks, from their forward to their backward pass; `always`: gathered for both
     passes; `waiting`: what the last block was gathered from, until the backward pass; `block`: in the backward pass of
     one; `reduce`: when the gradients of a part of the model are reduced, of which `reduced` is the share that is behind
-    its backward pass then; `last`: when those of all that lies in no block are, at the end; `again`: when gradients are
-    added to those of earlier micro-batches; `holds_gradients`: their memory is there from the first one.
+    its backward pass then; `last`: when those of all that lies in no block are, at the end; `holds_gradients`: the
+    memory of gradients is there from the first micro-batch.
 
     `offloaded`: on the host; `state_offloaded`: the share of the optimizer's state there."""
 
@@ -42,7 +42,6 @@ class Layout:
     reduce: float = 0.0
     reduced: float = 0.0
     last: float = 0.0
-    again: float = 0.0
     holds_gradients: bool = False
     offloaded: float = 0.0
     state_offloaded: float = 0.0
@@ -96,8 +95,6 @@ def _sharded(outline: Outline, setting: Setting, width: int, *, shards: int, kee
         reduce=fetched + _reducing(block, setting, width, shards),
         reduced=1 / max(1, len(outline.blocks)),
         last=_reducing(rest, setting, width, shards),
-        # What replicas have reduced is kept until all is.
-        again=FP32 * (outline.trained - rest.trained) / shards * (setting.ranks > shards),
     )
 
 
@@ -116,7 +113,7 @@ def _reducing(unit: Unit, setting: Setting, width: int, shards: int) -> float:
 def _offloaded(layout: Layout, shards: int) -> Layout:
     """Shards stay on the host; a unit's are copied to the device to be gathered."""
     away = layout.weights + layout.gradients
-    return replace(layout, weights=0.0, gradients=0.0, state=0.0, again=0.0, offloaded=away, state_offloaded=1 / shards)
+    return replace(layout, weights=0.0, gradients=0.0, state=0.0, offloaded=away, state_offloaded=1 / shards)
 
 
 def _deepspeed(recipe: Recipe, outline: Outline, setting: Setting) -> Layout:

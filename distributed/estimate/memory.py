@@ -73,7 +73,6 @@ def _moments(
     width = BYTES[recipe.model.dtype]
     adds_up = accumulates(recipe, setting)
     gradients = layout.gradients * (adds_up or layout.holds_gradients)
-    again = layout.again * adds_up
     # Made first of all in the backward pass, and sent last.
     head = width * outline.head * outline.is_head_trained * (layout.always > 0)
     gathered = layout.always + layout.copies
@@ -95,7 +94,7 @@ def _moments(
             "activations": acts.saved * (1 - layout.reduced),
         },
         "the end of the backward pass": {
-            "gradients": layout.gradients + again,
+            "gradients": layout.gradients,
             "gathered": layout.last,
         },
         "the update": {

@@ -41,7 +41,8 @@ class FsdpEngine:
         self._dtype = DTYPES[recipe.model.dtype]
         self._mesh = _mesh(recipe, world)
         self._replicas = world.size // self._mesh.shape[-1]
-        self._reduces = True
+        self._sums_at_last = self._replicas > 1 and not _is_offloaded(recipe)
+        self._sums_now = True
         self.module: nn.Module = _shard(built, recipe, self._mesh)
         self._materialise()
         self._buffers = Buffers(built, world.size)
@@ -87,13 +88,27 @@ class FsdpEngine:
 
     def _reduce_over_replicas(self, now: bool) -> None:
         """With a step's last micro-batch only: until then each replica adds up its own. Within a replica FSDP2 reduces
-        every micro-batch, because gradients that are not reduced are whole on every rank."""
-        if self._replicas > 1 and now != self._reduces and isinstance(self.module, FSDPModule):
-            self.module.set_requires_all_reduce(now)
-            self._reduces = now
+        every micro-batch, because gradients that are not reduced are whole on every rank; and where shards are in the
+        host's memory, over replicas too: what waits to be summed would stay on the device."""
+        if self._sums_at_last and now != self._sums_now:
+            for module in self._sharded_modules():
+                module.set_requires_all_reduce(now, recurse=False)
+            self._sums_now = now
+
+    def _sharded_modules(self) -> Iterator[FSDPModule]:
+        return (module for module in self.module.modules() if isinstance(module, FSDPModule))
+
+    def _refuse_partial_sums(self) -> None:
+        """What replicas have not summed with the last micro-batch would be missing now, and be added a step later."""
+        if any(map(_waits_to_be_summed, self._sharded_modules() if self._sums_at_last else ())):
+            raise UserError(
+                "strategy: a part of this model took part in some micro-batches of a step and not in its last one, so "
+                "replicas do not sum its gradients. Take strategy: {type: fsdp}, which has none."
+            )
 
     def step(self) -> float:
         self._buffers.refuse_changes()
+        self._refuse_partial_sums()
         shadows = list(self._bind_gradients())
         norm = self._gradient_norm([shadow.grad for shadow in shadows if shadow.grad is not None])
         if torch.isfinite(norm):
@@ -246,6 +261,13 @@ def _shard(built: BuiltModel, recipe: Recipe, mesh: DeviceMesh) -> nn.Module:
             # Without this gloo would be asked for a pre-multiplied sum, which it does not have.
             module.set_force_sum_reduction_for_comms(True)
     return root
+
+
+def _waits_to_be_summed(module: FSDPModule) -> bool:
+    """Whether gradients of a module's parameters are with its replica alone (FSDP2's inside, torch 2.11 to 2.13)."""
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return any(group is not None and group._partial_reduce_output is not None for group in groups)
 
 
 def _local(tensor: Tensor) -> Tensor:

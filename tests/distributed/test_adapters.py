@@ -157,6 +157,7 @@ def test_in_bfloat16(trained, variant):
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "no module is called v_prj. Names look like .*q_proj"),
         ({"modules_to_save": ["lm_hed"]}, "modules_to_save: no module is called lm_hed"),
+        ({"modules_to_save": ["lm_head.weight"]}, r"no module is called lm_head.weight. Names look like [^.]*\.$"),
         ({"target_modules": r"transformer\..*"}, "not found in the base model"),
         ({"target_modules": ["embed_tokens"], "use_dora": True}, "embed_tokens is an embedding, which use_dora: true"),
         ({"target_modules": ["embed_tokens"], "init": "olora"}, "embed_tokens is an embedding, which init: olora"),
@@ -177,9 +178,10 @@ def test_what_does_not_fit_is_refused(tmp_path, adapter, words):
         build_model(typed, find_model(str(folder)))
 
 
-def test_experts_that_are_one_tensor_are_named(tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["down_proj"]])
+def test_experts_that_are_one_tensor_are_named(tmp_path, targets):
     """Adapters elsewhere are told of experts by such names; here they are no modules."""
-    settings = random_recipe(tmp_path, "qwen3_moe", adapter={"type": "lora", "target_modules": ["q_proj", "down_proj"]})
+    settings = random_recipe(tmp_path, "qwen3_moe", adapter={"type": "lora", "target_modules": targets})
     typed = Recipe.model_validate(settings)
     with pytest.raises(UserError, match=r"down_proj holds the weights of all experts of a layer, .* leave it out"):
         build_model(typed, find_model(typed.model.path))

@@ -18,7 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training import Trained, train, train_all, world_of
 
+from ftlaunch.distributed.batch import on_device
 from ftlaunch.distributed.data.stream import StepBatches
+from ftlaunch.distributed.entry import PolicyModel
+from ftlaunch.recipes.errors import UserError
+from ftlaunch.recipes.methods.table import build_method
 
 LOSS_TOLERANCE = 1e-5
 """Relative; sums in another order. See `test_training_layout.py`, whose bounds these are."""
@@ -114,9 +118,11 @@ def summed(
     return sums.call_count, groups, max(relative(gradients[name], size * value) for name, value in alone.items())
 
 
-@pytest.mark.parametrize(("strategy", "nodes"), [({"type": "ddp"}, (3,)), (HYBRID, (2, 2)), (BOTH, (2, 2))])
-def test_replicas_are_summed_once_a_step(tmp_path, strategy, nodes):
-    """However many micro-batches it has."""
+@pytest.mark.parametrize(
+    ("strategy", "nodes", "times"), [({"type": "ddp"}, (3,), 1), (HYBRID, (2, 2), 1), (BOTH, (2, 2), 6)]
+)
+def test_replicas_are_summed_once_a_step(tmp_path, strategy, nodes, times):
+    """However many micro-batches it has; with each where gradients are not to stay on the device."""
     one = recipe(tmp_path, "one")
     with alone_in_the_world() as group:
         [step] = read_steps(one, group, 1)
@@ -126,8 +132,26 @@ def test_replicas_are_summed_once_a_step(tmp_path, strategy, nodes):
     assert len(step.micro_batches) == 6
     settings = recipe(tmp_path, "summed", strategy)
     for sums, groups, apart in run_distributed(summed, sum(nodes), settings, nodes, step, whole):
-        assert sums == groups > 1
+        assert sums == times * groups > 1
         assert apart < LOSS_TOLERANCE
+
+
+def stepped_too_soon(rank: int, _size: int, settings: dict[str, Any], step: StepBatches) -> str:
+    made = Rank.build(settings, world_of(rank, (2,)))
+    method = build_method(made.recipe.method)
+    loss = method.loss(PolicyModel(made.engine.module), on_device(step.micro_batches[0].batch, "cpu")).loss_sum
+    made.engine.backward(loss, 1.0, last_micro_batch=False)
+    with pytest.raises(UserError) as refused:
+        made.engine.step()
+    return str(refused.value)
+
+
+def test_gradients_that_replicas_have_not_summed_are_not_left_out(tmp_path):
+    settings = recipe(tmp_path, "soon", {"type": "ddp"})
+    with alone_in_the_world() as group:
+        [step] = read_steps(recipe(tmp_path, "one"), group, 1)
+    for said in run_distributed(stepped_too_soon, 2, settings, step):
+        assert "replicas do not sum its gradients" in said
 
 
 def test_nodes_that_differ_are_refused_on_every_rank(tmp_path):
