@@ -13,7 +13,7 @@ import psutil
 import pytest
 from processes import Command, ftlaunch
 from ray_nodes import ray_nodes
-from slow_steps import slow_steps
+from slow_steps import held, slow_steps
 from tiny import recipe_for, write_recipe
 from training import Trained, read_run, train
 
@@ -151,7 +151,8 @@ def test_nodes_are_lost_come_and_are_taken_away(folder, undisturbed):
         after(command, directory, 6)
         cluster.lose("two")
         after(command, directory, 6, attempt=2)
-        cluster.add("three")
+        with held(folder):
+            cluster.add("three")
         after(command, directory, 7, attempt=3)
         cluster.drain("one")
         assert command.wait() == 0, command.text

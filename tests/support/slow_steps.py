@@ -3,16 +3,20 @@ Python's own `sitecustomize`. Processes can be had to stand by earlier in the sa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SITE = """
-import importlib.abc, importlib.util, sys, time
+import importlib.abc, importlib.util, os, sys, time
 
 def slow(module):
     step = module._optimizer_step
 
     def slowly(*arguments):
         time.sleep({seconds})
+        while os.path.exists({hold!r}):
+            time.sleep(0.05)
         return step(*arguments)
 
     module._optimizer_step = slowly
@@ -46,5 +50,20 @@ def slow_steps(folder: Path, seconds: float, path: str = "", standby_after_s: fl
     a start of ranks, when processes are to stand by."""
     site = folder / "slow-steps"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(SITE.format(seconds=seconds, standby_after_s=standby_after_s))
+    values = {"seconds": seconds, "standby_after_s": standby_after_s, "hold": str(_hold(folder))}
+    (site / "sitecustomize.py").write_text(SITE.format(**values))
     return {"PYTHONPATH": f"{site}:{path}" if path else str(site)}
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Ranks that run with `slow_steps(folder, …)` take no step meanwhile, however long that is."""
+    _hold(folder).touch()
+    try:
+        yield
+    finally:
+        _hold(folder).unlink()
+
+
+def _hold(folder: Path) -> Path:
+    return folder / "slow-steps" / "hold"
