@@ -208,7 +208,8 @@ def test_a_rank_that_dies_is_started_again(folder, by_torchrun):
     assert outcomes(directory)[1:] == ["finished"]
     assert final(directory) == final(by_torchrun.directory)
     ledger = read_history(RunDirectory(str(directory))).ledger
-    assert [part for part in ("training", "start-up", "lost work", "down", "saving") if ledger.seconds[part] <= 0] == []
+    # Not "down": Ray may give a rank a process that it had started a moment before the other died.
+    assert [part for part in ("training", "start-up", "lost work", "saving") if ledger.seconds[part] <= 0] == []
     assert "Where the time went" in (directory / "report.html").read_text()
     logs = sorted(path.name for path in (directory / "logs").iterdir())
     assert logs == [f"a{attempt}.rank-0000{rank}.log" for attempt in (1, 2) for rank in (0, 1)]
