@@ -44,6 +44,7 @@ ENDED_S = 0.5
 """While it is refused, to be sure that the first host's Ray is over: longer than a firewall takes to load its rules."""
 
 RAY_END_S = 10.0
+"""For a Ray that was killed to be gone, before it is left to itself."""
 
 RAY_IS_UP = b"Ray runtime started"
 DRIVER_ENDING_S = 60.0

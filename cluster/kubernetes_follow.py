@@ -265,7 +265,7 @@ class Follower:
             return None if reading else self._gone()
         if (rayjob.get("status") or {}).get("jobDeploymentStatus") in TERMINAL and not reading:
             return self._over(rayjob, pods)
-        self._replacement.look(rayjob, pods, next(reversed(self._logs), ""), self._unfit)
+        self._replacement.look(rayjob, pods, self._newest.pod if self._newest else "", self._unfit)
         self._say_what_is_missing(rayjob, pods)
         return None
 

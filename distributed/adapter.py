@@ -49,8 +49,7 @@ def adapt(causal_lm: Any, adapter: Lora) -> Any:
     try:
         adapted = get_peft_model(causal_lm, _config(adapter), autocast_adapter_dtype=False)
     except ValueError as error:
-        targets = adapter.target_modules if isinstance(adapter.target_modules, tuple) else ()
-        raise UserError(f"adapter: {error}{_of_experts(causal_lm, targets)}") from error
+        raise UserError(f"adapter: {error}{_of_experts(causal_lm, _named(adapter))}") from error
     if causal_lm.config.get_text_config().tie_word_embeddings and causal_lm.get_output_embeddings() is not head:
         raise UserError(
             "adapter: this model's head is its embeddings (tie_word_embeddings), so it cannot be adapted or trained by "
@@ -103,10 +102,9 @@ def _alpha(adapter: Lora) -> float:
 def _refuse_unused(adapted: Any, adapter: Lora) -> None:
     """peft is content when one of several names fits. Raises UserError for a name that fits no module."""
     modules = [name.removeprefix("base_model.model.") for name, _ in lora_layers(adapted)]
-    targets = adapter.target_modules if isinstance(adapter.target_modules, tuple) else ()
     saved = [name.partition(".modules_to_save.")[0] for name, _ in adapted.named_parameters() if _is_saved(name)]
     for key, names, found in (
-        ("target_modules", targets, modules),
+        ("target_modules", _named(adapter), modules),
         ("modules_to_save", adapter.modules_to_save, saved),
     ):
         unused = [name for name in names if not any(f".{module}".endswith(f".{name}") for module in found)]
@@ -115,6 +113,11 @@ def _refuse_unused(adapted: Any, adapter: Lora) -> None:
                 f"adapter.{key}: no module is called {', '.join(unused)}. Names look like {', '.join(_some(adapted))}."
                 f"{_of_experts(adapted, unused)}"
             )
+
+
+def _named(adapter: Lora) -> Sequence[str]:
+    """The modules to adapt, where they are named one by one and not by a pattern."""
+    return adapter.target_modules if isinstance(adapter.target_modules, tuple) else ()
 
 
 def _of_experts(model: nn.Module, names: Sequence[str]) -> str:

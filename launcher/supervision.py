@@ -52,7 +52,7 @@ def build_supervision(loaded: LoadedRecipe, demand: Demand, launch: str, control
     streams = choose_streams(recipe, demand.ranks)
 
     def say(text: str, *, waits: bool = False) -> None:
-        control.tell.remote({"kind": "message", "level": "warning", "text": text, "launcher": True, "waits": waits})
+        control.tell.remote({"kind": "message", "level": "warning", "text": text, "waits": waits})
 
     failures = BudgetPolicy(budget, say, hide=lambda text: redact(text, loaded.secrets))
     scaling = LiveNodesPolicy(

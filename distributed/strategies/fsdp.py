@@ -100,10 +100,10 @@ class FsdpEngine:
 
     def _refuse_partial_sums(self) -> None:
         """What replicas have not summed with the last micro-batch would be missing now, and be added a step later."""
-        if any(map(_waits_to_be_summed, self._sharded_modules() if self._sums_at_last else ())):
+        if self._sums_at_last and any(map(_waits_to_be_summed, self._sharded_modules())):
             raise UserError(
                 "strategy: a part of this model took part in some micro-batches of a step and not in its last one, so "
-                "replicas do not sum its gradients. Take strategy: {type: fsdp}, which has none."
+                "replicas do not sum its gradients. Take strategy: {type: fsdp}, which has no replicas."
             )
 
     def step(self) -> float:
