@@ -80,8 +80,10 @@ def ray_nodes(folder: Path, *names: str, environment: Mapping[str, str] | None =
         try:
             settings = ["--num-cpus=0", "--port=0", "--include-dashboard=false", f"--temp-dir={short}"]
             head = cluster.start("head", "--head", *settings)
+            # Ray prints the address some lines after it said that it is up.
+            assert head.wait_until(lambda: ADDRESS.search(head.text) is not None), head.text
             found = ADDRESS.search(head.text)
-            assert found is not None, head.text
+            assert found is not None
             cluster.address = found[1]
             cluster.add(*names)
             yield cluster
