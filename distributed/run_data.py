@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,8 @@ class RunData:
     encode: RowEncoder
     stream: Stream
     """Open from the start, so that reader processes come up while the model is built."""
+    changes: Sequence[str]
+    """What became of the files since the run began, where it goes on with them and nobody has said so yet."""
 
     def training_stream(self, states: Mapping[str, Any] | None) -> Stream:
         """This rank's stream, reading from its beginning on or from where `states` (of all ranks) were taken."""
@@ -56,7 +58,8 @@ class RunData:
         return begin_epoch_again(states, plans)
 
     def notes(self) -> Iterator[str]:
-        """What was decided for the user: row formats that were found from columns."""
+        """What was decided for the user: files as they are now, row formats that were found from columns."""
+        yield from self.changes
         data = self.recipe.data
         held_out = () if isinstance(data.eval, EvalSplit) else data.eval
         infos = self.train.sources + (self.eval.sources if self.eval else ())
@@ -119,7 +122,7 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
     spec = spec_of(recipe, folder, now=attempt.started_at)
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
         encoder = beside.submit(open_encoder, spec)  # while footers come, and while other ranks wait for the index
-        group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
+        changes = group.from_main(partial(index_data, recipe, attempt.run), "indexing the data")
     train, evals = train_index(recipe.data), eval_index(recipe.data)
     train_blocks = load_index(attempt.run, train)
     encode = encoder.result()
@@ -139,6 +142,7 @@ def open_data(recipe: Recipe, folder: ModelFolder, method: Method, attempt: Atte
         digest=f"{order_key(recipe.data, recipe.train)}, {digest_of(train, train_blocks)}",
         encode=encode,
         stream=stream,
+        changes=changes,
     )
 
 

@@ -51,6 +51,7 @@ class RankLog:
         with self._early.open("rb") as early, path.open("ab") as kept:
             shutil.copyfileobj(early, kept)
         _send(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
+        self._early.unlink()  # a rank that is killed leaves no second log
 
     def close(self) -> None:
         """With everything printed so far."""

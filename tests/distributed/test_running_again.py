@@ -13,6 +13,7 @@ from training import read_run, train, train_all
 
 from ftlaunch.distributed import entry
 from ftlaunch.distributed.again import Flags
+from ftlaunch.distributed.indexing import accept_changed_data
 from ftlaunch.distributed.run_directory import RunDirectory
 from ftlaunch.distributed.world import World
 from ftlaunch.launcher import cli, supervisor
@@ -286,6 +287,20 @@ def test_changed_data_is_refused_by_name_and_accepted_by_a_flag(launch, tmp_path
     assert code == 0
     assert "begins again" not in said
     assert [step["step"] for step in read_run(tmp_path / "runs/tiny").steps] == list(range(1, 8))
+
+
+def test_a_rank_under_torchrun_says_that_files_have_changed(tmp_path, capfd):
+    """It looks at them itself; under a launcher, that has done so before."""
+    path = str(write_recipe(tmp_path / "tiny.yaml", recipe_for(tmp_path, train={**CONSTANT, "max_steps": 2})))
+    assert entry.main([path]) == 0
+    write_jsonl(tmp_path / "chat.jsonl", chat_rows(70))
+    assert entry.main([path, "train.max_steps=4"]) == 1
+    capfd.readouterr()
+    accept_changed_data(RunDirectory(str(tmp_path / "runs/tiny")))
+    assert entry.main([path, "train.max_steps=4"]) == 0
+    said = " ".join("".join(capfd.readouterr()).split())
+    assert "data.train is read as it is now:" in said
+    assert "chat.jsonl: grew since the run began" in said
 
 
 def test_a_row_format_that_was_found_is_said_and_one_that_sft_does_not_read_is_refused(launch, tmp_path):

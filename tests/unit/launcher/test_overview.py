@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,14 @@ def test_what_a_rank_prints_is_kept(runs, capfd):
     assert capfd.readouterr().out == text
     assert cli.main(["logs", "done"]) == 1
     assert "keeps nothing that rank 0 printed; there are those of ranks 3" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_rank_that_is_killed_leaves_one_log(runs, tmp_path):
+    code = PRINTS.replace("log.close()", "sys.stdout.flush(); os.kill(os.getpid(), 9)")
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code, runs / "done"], check=False, env=variables).returncode == -9
+    assert "from a child" in Path(rank_log_url(RunDirectory(str(runs / "done")), 2, 3)).read_text()
+    assert list(tmp_path.glob("ftlaunch-rank-*")) == []
 
 
 def test_in_an_object_store_a_copy_is_kept(tmp_path, monkeypatch):
