@@ -257,7 +257,7 @@ class _Shard:
 
 def prepared_recipe(recipe: Recipe, preparation: Preparation) -> dict[str, Any]:
     """The recipe over the shards: what was done ahead (formats, ranges, splits) is gone, the rest stays."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    values = recipe.model_dump(mode="json", exclude_unset=True)  # defaults too: the type of a section is one
     data = values["data"]
     for source, info in zip(data["train"], preparation.train.sources, strict=True):
         _over_shards(source, "train", info.name, preparation.to)

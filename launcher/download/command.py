@@ -83,7 +83,7 @@ def _models(
 
 def _values(recipe: Recipe, to: Path, changes: dict[str, str], sources: list[WantedSource]) -> dict[str, Any]:
     """The recipe over the folder. Sources keep the names that were made from their paths, and the order of files."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    values = recipe.model_dump(mode="json", exclude_unset=True)  # defaults too: the type of a section is one
     values["name"] = recipe.name
     for key, place in changes.items():
         values["model"][key.partition(".")[2]] = str(to / place)
