@@ -81,7 +81,9 @@ class Need:
     folder: str
     """Where its relative paths begin."""
     shared: str | None = None
-    """A folder that all nodes must share; None: the run is in an object store."""
+    """A folder that all nodes must share; None: what is written goes to an object store."""
+    shared_setting: str = "checkpoint.path"
+    """What names it."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Key of the recipe -> file or folder that must be there on every node."""
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -96,7 +98,8 @@ class Need:
 
 @dataclass(frozen=True)
 class Driver:
-    """The program that drives a run on a node: `ENTRY JOB ADDRESS` (see `launcher/drive.py`)."""
+    """The program that drives a run on a node: `ENTRY JOB ADDRESS` (see `launcher/drive.py` and
+    `launcher/prepare_drive.py`)."""
 
     entry: str
     """`module:function`."""

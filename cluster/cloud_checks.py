@@ -38,8 +38,8 @@ def paths(config: CloudCluster, need: Need) -> Iterator[str]:
     read = {**need.paths, **need.patterns}
     if need.shared is not None and not _is_shared(config, need.shared):
         yield (
-            f"checkpoint.path: {need.shared} would be on the machines' own disks, which go with them. Name an object "
-            "store (s3://…), or a folder that cluster.setup mounts, and that folder in cluster.shared_paths"
+            f"{need.shared_setting}: {need.shared} would be on the machines' own disks, which go with them. Name an "
+            "object store (s3://…), or a folder that cluster.setup mounts, and that folder in cluster.shared_paths"
         )
     for key, path in read.items():
         if not _is_shared(config, path):

@@ -36,9 +36,9 @@ def paths(config: KubernetesCluster, need: Need) -> list[str]:
     if need.shared is not None:
         volume = _volume_of(config, need.shared)
         if volume is None:
-            found.append(f"checkpoint.path: {need.shared} is a folder of this machine; {_REMEDY}")
+            found.append(f"{need.shared_setting}: {need.shared} is a folder of this machine; {_REMEDY}")
         elif volume.read_only:
-            found.append(f"checkpoint.path: {need.shared} is on a volume that is mounted read-only")
+            found.append(f"{need.shared_setting}: {need.shared} is on a volume that is mounted read-only")
     local = {key: path for key, path in read.items() if _volume_of(config, path) is None}
     return [*found, *(f"{key}: {path} is a file of this machine; {_REMEDY}" for key, path in local.items())]
 

@@ -45,7 +45,7 @@ def _strangers(spec: Mapping[str, Any], nodes: Sequence[Said]) -> Iterator[str]:
     if lost:
         yield (
             f"node {', '.join(lost)}: {spec['folder']} is not the folder that was written where the job was submitted. "
-            "Name a checkpoint.path that all nodes share."
+            "Name a checkpoint.path (--to of prepare) that all nodes share."
         )
 
 

@@ -73,7 +73,7 @@ finished() {{
 ENTER='
 if [[ ! -r "$1/proof" ]]; then
   echo "error: node ${{SLURMD_NODENAME:-?}}: $1 is not there." \
-    "All nodes must see the folder above it: checkpoint.path, or where ftlaunch was called." >&2
+    "All nodes must see the folder above it: checkpoint.path (--to of prepare), or where ftlaunch was called." >&2
   exit {NOT_SHARED}
 fi
 if ! command -v "$2" > /dev/null; then

@@ -61,7 +61,7 @@ def shared(fleet: Fleet, need: Need) -> list[str]:
         fleet.ask(first, "put_token", path=path, token=token)
         found = fleet.ask_all("get_token", path=path)
     except HostError as error:
-        return [f"checkpoint.path: {need.shared} cannot be written: {error}"]
+        return [f"{need.shared_setting}: {need.shared} cannot be written: {error}"]
     finally:
         with contextlib.suppress(HostError):
             fleet.ask(first, "remove_token", path=path)
@@ -69,8 +69,8 @@ def shared(fleet: Fleet, need: Need) -> list[str]:
     if not lost:
         return []
     return [
-        f"host {', '.join(lost)}: checkpoint.path {need.shared} is not the folder that {first} sees under this name. "
-        "Name a folder that all nodes share, or an object store (s3://…)."
+        f"host {', '.join(lost)}: {need.shared_setting} {need.shared} is not the folder that {first} sees under this "
+        "name. Name a folder that all nodes share, or an object store (s3://…)."
     ]
 
 

@@ -151,7 +151,7 @@ def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place 
     """
     from .prepare import prepare as prepare_data
 
-    return prepare_data(load(recipe, overrides, place), to)
+    return prepare_data(load(recipe, overrides, place), to, os.environ)
 
 
 @app.command

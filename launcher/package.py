@@ -6,8 +6,12 @@ folder named `distributed` on a worker's path would hide other packages of that 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..cluster.base import Cluster
 
 NAME = "ftlaunch"
 FOLDERS = ("cluster", "distributed", "launcher", "recipes")
@@ -34,3 +38,15 @@ def write_package(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return root
+
+
+@contextmanager
+def joined(cluster: Cluster) -> Iterator[None]:
+    """Ray up and this process connected to it, with workers that can import ftlaunch; in the end, what was started for
+    that is ended."""
+    with tempfile.TemporaryDirectory(prefix="ftlaunch-code-") as folder:
+        try:
+            cluster.up(lambda: write_package(Path(folder)))
+            yield
+        finally:
+            cluster.down()

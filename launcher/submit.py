@@ -20,6 +20,7 @@ from ..distributed.run_directory import RunDirectory
 from ..recipes.errors import FtlaunchError, InfrastructureError, Interrupted, UserError
 from ..recipes.load import LoadedRecipe
 from ..recipes.schema import Recipe
+from ..recipes.schema_cluster import ClusterConfig
 from . import submissions
 from .doctor.preflight import has_spares, with_fit_hosts
 from .handover import pack
@@ -65,20 +66,20 @@ def submit(loaded: LoadedRecipe, flags: Flags, environ: Mapping[str, str], conso
 def _fit(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> tuple[LoadedRecipe, SubmittedCluster]:
     """The cluster, with nothing wrong with it. What is unfit is left out, and what is wrong is told of what is left;
     where nothing could stand in, all that is wrong is told first."""
-    cluster = None if has_spares(loaded) else _checked(loaded, environ, console)
+    need = replace(need_of(loaded.recipe, environ), tell=lambda line: say(console, line))
+    cluster = None if has_spares(loaded) else checked(loaded.recipe.cluster, need)
     try:
         fit = with_fit_hosts(loaded, environ, lambda line: say(console, f"warning: {line}", "yellow"))
     except BaseException:
         if cluster is not None:
             cluster.down()
         raise
-    return fit, cluster or _checked(fit, environ, console)
+    return fit, cluster or checked(fit.recipe.cluster, need)
 
 
-def _checked(loaded: LoadedRecipe, environ: Mapping[str, str], console: Console) -> SubmittedCluster:
-    """Raises UserError with all that is wrong."""
-    need = replace(need_of(loaded.recipe, environ), tell=lambda line: say(console, line))
-    cluster = build_submitted(loaded.recipe.cluster, need)
+def checked(config: ClusterConfig, need: Need) -> SubmittedCluster:
+    """A cluster to submit to. Raises UserError with all that is wrong with it."""
+    cluster = build_submitted(config, need)
     try:
         if problems := cluster.problems():
             raise UserError("\n".join(problems))

@@ -26,7 +26,7 @@ from .doctor.preflight import on_fit_nodes
 from .failure import Failure
 from .hardware import Machine
 from .imports import import_all
-from .package import write_package
+from .package import joined
 from .plan_world import WorldPlan, plan_world, world_of
 from .supervision import SPENT, build_supervision, build_trainer, start_control
 from .unknown import Unknown
@@ -103,7 +103,8 @@ def supervise(loaded: LoadedRecipe, nodes: Nodes, view: View) -> Ending:
     def warn(text: str) -> None:
         view.update({"kind": "message", "level": "warning", "text": text})
 
-    with _up(nodes.cluster), _room(loaded.recipe.cluster, nodes.demand, view), on_fit_nodes(loaded, nodes.demand, warn):
+    room = _room(loaded.recipe.cluster, nodes.demand, view)
+    with joined(nodes.cluster), room, on_fit_nodes(loaded, nodes.demand, warn):
         return _Training(loaded, nodes, view).run()
 
 
@@ -114,16 +115,6 @@ def _room(config: ClusterConfig, demand: Demand, view: View) -> contextlib.Abstr
     from ..cluster.autoscaling import room
 
     return room(config, demand, lambda text: view.update({"kind": "message", "level": "info", "text": text}))
-
-
-@contextlib.contextmanager
-def _up(cluster: Cluster) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="ftlaunch-code-") as folder:
-        try:
-            cluster.up(lambda: write_package(Path(folder)))
-            yield
-        finally:
-            cluster.down()
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """What holds for every kind of cluster: one recipe, unchanged but for `cluster:`, ends with the same weights, bit for
-bit; running it again is decided alike; nothing is left running."""
+bit, and its rows are prepared to the same shards; running it again is decided alike; nothing is left running."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ from slurm_site import Site
 from ssh_hosts import Hosts
 from tiny import recipe_for, write_recipe
 from training import read_run, train
+
+from ftlaunch.distributed.data.build import build_index
+from ftlaunch.distributed.indexing import eval_index, train_index
+from ftlaunch.distributed.model_files import find_model
+from ftlaunch.distributed.prepare import Preparation, encoder_digest, prepare_piece
+from ftlaunch.distributed.row_encoder import open_encoder, spec_of
+from ftlaunch.recipes.load import load_recipe
 
 RANKS = 3
 JOB = "FTLAUNCH_JOB"
@@ -145,8 +152,47 @@ def test_the_same_weights_everywhere(backend, place, undisturbed, request):
         assert f"run {backend} was begun with other values" in said
         assert "train.learning_rate" in said
         assert "--accept-changes" in said
+    _nothing_is_left(place)
+
+
+def _nothing_is_left(place: Path) -> None:
     assert not list(place.rglob("pwned"))
     assert [process for process in psutil.process_iter() if str(place) in " ".join(_words(process))] == []
+
+
+@pytest.fixture(scope="module")
+def shards(place: Path) -> dict[str, str]:
+    """Made here, without any cluster."""
+    path = write_recipe(place / "shards.yaml", recipe(place, "shards", {"type": "local"}))
+    loaded = load_recipe(path, environ={}).recipe
+    encode = open_encoder(spec_of(loaded, find_model(loaded.model.path), now=None))
+    train, held_out = (
+        build_index(one.sources, one.names) for one in (train_index(loaded.data), eval_index(loaded.data))
+    )
+    preparation = Preparation(loaded.data, train, held_out, encoder_digest(encode), str(place / "alone"))
+    for piece in preparation.pieces():
+        prepare_piece(preparation, piece, encode)
+    return contents(place / "alone")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Of the shards below a folder."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+@pytest.mark.parametrize("backend", ["ssh", "kubernetes", "cloud"])  # slurm: with a requeue, in test_slurm.py
+def test_the_same_shards_everywhere(backend, place, shards, request):
+    with BACKENDS[backend](request) as (cluster, variables):
+        write_recipe(place / f"to-{backend}.yaml", recipe(place, backend, cluster))
+        code, said = run(ftlaunch("prepare", f"to-{backend}.yaml", "--to", f"{backend}-shards"), place, variables)
+        assert code == 0, said
+        assert contents(place / f"{backend}-shards") == shards
+        assert "train/chat" in said
+        made = load_recipe(place / f"to-{backend}.prepared.yaml", environ={}).recipe
+        assert {source.format for source in made.data.train} == {"tokenized"}
+        assert made.cluster == load_recipe(place / f"to-{backend}.yaml", environ={}).recipe.cluster
+    _nothing_is_left(place)
 
 
 def _words(process: psutil.Process) -> list[str]:

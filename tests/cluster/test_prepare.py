@@ -143,6 +143,8 @@ def test_what_is_there_is_kept_and_what_is_missing_made(folder, prepared):
 def test_a_share_that_is_held_out_is_prepared_apart(folder):
     recipe = json.loads((folder / "recipe.yaml").read_text())
     recipe["data"]["eval"] = {"fraction": 0.3}
+    sections = {"adapter": {"type": "lora"}, "strategy": {"type": "fsdp"}, "cluster": {"type": "local"}}
+    recipe |= sections  # of which only the type is written
     path = write_recipe(folder / "split.yaml", recipe)
     code, said = run(ftlaunch("prepare", "split.yaml", "--to", "split-shards"), folder)
     assert code == 0, said
@@ -150,6 +152,8 @@ def test_a_share_that_is_held_out_is_prepared_apart(folder):
     assert kept == samples(path)
     assert not kept.keys() & held_out.keys()
     assert sum(held_out.values()) > 20
+    before, after = (load_recipe(folder / name, environ={}).recipe for name in ("split.yaml", "split.prepared.yaml"))
+    assert [getattr(after, name) for name in sections] == [getattr(before, name) for name in sections]
 
 
 @pytest.mark.parametrize(

@@ -342,3 +342,36 @@ def test_two_jobs_on_the_same_nodes_end_each_by_itself(slurm, work):
     assert json.loads((directory / "attempts/a1.end.json").read_text())["outcome"] == "interrupted"
     assert list((directory / "commits").iterdir())
     assert not Path(record(directory)["folder"], "token").exists()
+
+
+# --- rows prepared ----------------------------------------------------------------------------------------------------
+
+
+def test_a_preparation_that_has_to_leave_its_nodes_goes_on(slurm, work):
+    prepare(work, "rows", slurm.cluster(nodes=2, env=ENV))
+    preparing = Command(ftlaunch("prepare", "rows.yaml", "--to", "shards"), work, slurm.environ)
+    wait_until(lambda: slurm.hosts.members["n1"].processes("bin/drive"), "the job does not begin")
+    [job] = slurm.jobs()
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as before its time is over
+    assert preparing.wait() == 0, preparing.text
+    assert "the job goes back into the queue" in preparing.text
+    recipe = json.loads((work / "rows.yaml").read_text())
+    write_recipe(work / "here.yaml", {**recipe, "cluster": {"type": "local"}})
+    code, said = run(ftlaunch("prepare", "here.yaml", "--to", "shards"), work)
+    assert code == 0, said  # shards of anything else would be refused
+    counts = json.loads((work / "shards/prepared.json").read_text())["sources"]
+    assert {name: count["rows"] for name, count in counts.items()} == {
+        "train/chat": 60, "train/text": 40, "eval/chats": 10,
+    }  # fmt: skip
+    assert slurm.left() == {}
+
+
+def test_ctrl_c_ends_a_preparation(slurm, work):
+    prepare(work, "rows", slurm.cluster(env=ENV, options=["--hold"]))
+    preparing = Command(ftlaunch("prepare", "rows.yaml", "--to", "shards"), work, slurm.environ)
+    wait_until(slurm.jobs, "nothing is submitted")
+    wait_until(lambda: "submitted as job" in preparing.text, preparing.text)
+    preparing.interrupt()
+    assert preparing.wait() == 130, preparing.text
+    assert "the same command goes on from there" in preparing.text
+    assert slurm.jobs() == []
