@@ -1,7 +1,8 @@
 """Does a rank's memory stay flat over a long stream? Resident memory of the rank and its readers, for many epochs.
 
 The stream reads many files in shuffled, packed, weighted epochs, in a thread and in reader processes, each in a process
-of its own. Proportional set sizes are summed, so that what both sides of a shared mapping see counts once.
+of its own. Proportional set sizes are summed, so that what both sides of a shared mapping see counts once. Pages of
+files are left out: of a library's, a process's share changes when any other process on the machine comes or goes.
 """
 
 from __future__ import annotations
@@ -75,8 +76,15 @@ def read(folder: Path, sources: list[dict[str, Any]], readers: int, steps: int) 
         for step in range(1, steps + 1):
             stream.next_step()
             if step % (steps // SAMPLES) == 0:
-                samples.append(sum(one.memory_full_info().pss for one in (family, *family.children())))
+                samples.append(sum(map(written_memory, (family, *family.children()))))
     return samples
+
+
+def written_memory(process: psutil.Process) -> int:
+    """Memory [bytes] that a process has written, and its share of what it has written with others."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    kibibytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines[1:])}
+    return (kibibytes["Pss_Anon"] + kibibytes["Pss_Shmem"]) * 1024
 
 
 def measure(folder: Path, readers: int, steps: int, seed: int) -> list[int]:
