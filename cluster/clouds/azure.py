@@ -33,6 +33,7 @@ class Azure:
     modules = (
         *("azure.common", "azure.core", "azure.identity"),
         *("azure.mgmt.compute", "azure.mgmt.network", "azure.mgmt.resource"),
+        *("msrest", "msrestazure"),  # imported by azure.common.credentials, which Ray's provider imports
     )
 
     def provider(self, config: CloudCluster, region: str) -> Values:
@@ -65,15 +66,16 @@ class Azure:
 
     def problems(self, config: CloudCluster) -> Iterator[str]:
         from azure.core.exceptions import ClientAuthenticationError
-        from azure.identity import DefaultAzureCredential
+        from azure.identity import AzureCliCredential
         from azure.mgmt.compute import ComputeManagementClient
 
-        compute = ComputeManagementClient(DefaultAzureCredential(), config.subscription)
+        # What Ray's provider makes the resource group with; for machines it takes others too.
+        compute = ComputeManagementClient(AzureCliCredential(), config.subscription)
         for region in config.regions:
             try:
                 kinds = {kind.name for kind in compute.virtual_machine_sizes.list(region)}
             except ClientAuthenticationError:
-                yield "Azure: there are no credentials that work: log in (az login), or set AZURE_CLIENT_ID and others"
+                yield "Azure: its command line is not here, or not logged in; Ray's provider asks it: az login"
                 return
             if config.instance_type not in kinds:
                 yield f"cluster.instance_type: there is no {config.instance_type} in {region}"
