@@ -82,8 +82,6 @@ class Need:
     """Where its relative paths begin."""
     shared: str | None = None
     """A folder that all nodes must share; None: what is written goes to an object store."""
-    shared_setting: str = "checkpoint.path"
-    """What names it."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Key of the recipe -> file or folder that must be there on every node."""
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +92,8 @@ class Need:
     """The variables here, of which `cluster.env` names those that travel."""
     tell: Callable[[str], None] = lambda _line: None
     """Says to whoever waits how far nodes that take minutes are."""
+    shared_setting: str = "checkpoint.path"
+    """What names `shared`."""
 
 
 @dataclass(frozen=True)
