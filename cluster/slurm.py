@@ -273,7 +273,7 @@ class Slurm:
             return code
         slurm_files.remove_secrets(self._folder)
         if standing.state in CANCELLED:
-            raise Interrupted(f"job {self._job} was cancelled; `ftlaunch RECIPE` goes on from its newest checkpoint")
+            raise Interrupted(f"job {self._job} was cancelled; the same command goes on from what is saved")
         why = {"FORGOTTEN": "Slurm knows it no more"}.get(standing.state, standing.state)
         raise InfrastructureError(f"job {self._job} is over: {why}. See {self._folder / slurm_files.LOG}")
 

@@ -158,7 +158,7 @@ go_on_or_end() {{
     ended 2
   fi
   if [[ $REQUEUE == yes ]] && requeued; then
-    echo "the job goes back into the queue, and on from its newest checkpoint"
+    echo "the job goes back into the queue, and on from what is saved"
     if [[ -e "$START/{UNFIT}" ]]; then echo "it is not to have $(cat "$START/{UNFIT}") again"; fi
     trap - EXIT
     exit 0

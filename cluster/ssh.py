@@ -118,6 +118,7 @@ class Ssh:
         package, token = read_package(code()), secrets.token_hex(32)
         try:
             plan = self._plan(driver.entry)
+            self._config = self._config.model_copy(update={"hosts": tuple(self._fleet.hosts), "hostfile": None})
             record = self._record(plan)
             job = {**driver.job(self.demand), "record": record}
             self._fleet.each(
@@ -146,11 +147,10 @@ class Ssh:
         return JobPlan(self._job, nodes, port, self.demand, entry, self._need.folder, environ)
 
     def _record(self, plan: JobPlan) -> dict[str, Any]:
-        config = self._config.model_dump(mode="json") | {"hosts": [node.host for node in plan.nodes], "hostfile": None}
         return {
             "job": self._job,
             "driver": plan.nodes[0].host,
-            "cluster": config | {"python": self._python},
+            "cluster": self._config.model_dump(mode="json") | {"python": self._python},
             "submitted_at": time.time(),
         }
 

@@ -83,6 +83,8 @@ class Prepared:
     counts: dict[str, int]
     rejected: list[str]
     nbytes: int
+    was_there: bool = False
+    """From an earlier try."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _done(preparation: Preparation, piece: Piece, url: str) -> Prepared:
             f"{url}: was prepared from other rows, or with another tokenizer, template, method or sequence length. "
             "Remove the folder, or prepare to another one."
         )
-    return Prepared(piece, about["counts"], about["rejected"], storage.info(url).size)
+    return Prepared(piece, about["counts"], about["rejected"], storage.info(url).size, was_there=True)
 
 
 def read_about(file: storage.FileInfo) -> dict[str, Any] | None:

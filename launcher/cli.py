@@ -151,7 +151,10 @@ def prepare(recipe: RecipePath, /, *overrides: Overrides, to: str, place: Place 
     """
     from .prepare import prepare as prepare_data
 
-    return prepare_data(load(recipe, overrides, place), to, os.environ)
+    # The cluster that prepares is the command line's; the recipe that trains has the one that is written.
+    config = load(recipe, overrides, place).recipe.cluster
+    kept = [override for override in overrides if not override.startswith("cluster")]
+    return prepare_data(load(recipe, kept, AS_WRITTEN), config, to, os.environ)
 
 
 @app.command

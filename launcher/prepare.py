@@ -13,6 +13,7 @@ from ..cluster.table import build_cluster, is_submitted
 from ..distributed import storage
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
+from ..recipes.schema_cluster import ClusterConfig
 from .hardware import this_machine
 from .plan_world import nodes_of
 from .prepare_shards import MADE, RECIPE, make_shards
@@ -20,9 +21,10 @@ from .prepare_submit import submit_preparation
 from .say import say
 
 
-def prepare(loaded: LoadedRecipe, to: str, environ: Mapping[str, str]) -> int:
+def prepare(loaded: LoadedRecipe, config: ClusterConfig, to: str, environ: Mapping[str, str]) -> int:
     """Tokenise everything that the recipe reads into shards below `to`, and write the recipe that trains on them;
-    returns the exit code. `environ`: of which variables may travel.
+    returns the exit code. `config`: the cluster that does it, which need not be the recipe's own. `environ`: of which
+    variables may travel.
 
     What is there already from an earlier, broken-off try is kept. Raises UserError, InfrastructureError."""
     console = Console()
@@ -30,11 +32,11 @@ def prepare(loaded: LoadedRecipe, to: str, environ: Mapping[str, str]) -> int:
         to = str(storage.local_path(to).absolute())  # workers have folders of their own
     beside = Path(loaded.path).with_suffix(".prepared.yaml")
     _refuse_other_file(beside)
-    if is_submitted(loaded.recipe.cluster):
-        if code := submit_preparation(loaded, to, environ, console):
+    if is_submitted(config):
+        if code := submit_preparation(loaded, config, to, environ, console):
             return code
     else:
-        make_shards(loaded, to, _cluster(loaded), console)
+        make_shards(loaded, to, _cluster(config), console)
     _copy_recipe(storage.join(to, RECIPE), beside, console)
     return 0
 
@@ -45,9 +47,8 @@ def _refuse_other_file(path: Path) -> None:
         raise UserError(f"{path} is there, and `ftlaunch prepare` did not make it. Move it, or rename the recipe.")
 
 
-def _cluster(loaded: LoadedRecipe) -> Cluster:
-    """Ray, on every core of this machine or where the recipe says; no GPUs are asked for."""
-    config = loaded.recipe.cluster
+def _cluster(config: ClusterConfig) -> Cluster:
+    """Ray, on every core of this machine or where it is; no GPUs are asked for."""
     nodes = 1 if config.type == "local" else nodes_of(config)
     return build_cluster(config, Demand(nodes=nodes, ranks=this_machine().cores, uses_gpus=False, cpus_per_rank=1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import time
@@ -13,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from ruamel.yaml import YAML
 
 from ..cluster.base import Cluster
 from ..distributed import storage
@@ -25,7 +23,7 @@ from ..distributed.prepare import Preparation, Prepared, counts_by_source, encod
 from ..distributed.row_encoder import RowEncoder, open_encoder, spec_of
 from ..recipes.errors import InfrastructureError, UserError
 from ..recipes.load import LoadedRecipe
-from ..recipes.redact import redact_values
+from ..recipes.redact import dump_as_written
 from ..recipes.schema import Recipe
 from . import units
 from .check_progress import Progress
@@ -44,8 +42,8 @@ NAMED = 8
 def make_shards(
     loaded: LoadedRecipe, to: str, cluster: Cluster, console: Console, done: Callable[[], None] = lambda: None
 ) -> None:
-    """Tokenise everything that the recipe reads into shards below `to`; `done` is called after each. Then the recipe
-    over them, and their counts, are there too. Raises UserError, InfrastructureError."""
+    """Tokenise everything that the recipe reads into shards below `to`; `done` is called after each that was not there.
+    Then the recipe over them, and their counts, are there too. Raises UserError, InfrastructureError."""
     recipe, began = loaded.recipe, time.monotonic()
     encode = open_encoder(_encoder_spec(recipe))
     preparation = Preparation(
@@ -85,7 +83,8 @@ def _make_all(
         for answer in prepared_pieces(preparation, encode, pieces):
             if isinstance(answer, Prepared):
                 made.append(answer)
-                done()
+                if not answer.was_there:
+                    done()
             else:
                 problems.append(answer)
             rows = sum(one.counts.get("rows", 0) for one in made)
@@ -99,11 +98,9 @@ def _make_all(
 
 
 def _write_recipe(loaded: LoadedRecipe, preparation: Preparation) -> None:
-    values = redact_values(prepared_recipe(loaded.recipe, preparation), loaded.secrets)
-    text = io.StringIO()
-    text.write(f"{MADE} from {Path(loaded.path).name}: the rows below {preparation.to} are tokens.\n")
-    YAML().dump(values, text)
-    storage.write_bytes(storage.join(preparation.to, RECIPE), text.getvalue().encode())
+    head = f"{MADE} from {Path(loaded.path).name}: the rows below {preparation.to} are tokens.\n"
+    text = head + dump_as_written(prepared_recipe(loaded.recipe, preparation), loaded.secrets)
+    storage.write_bytes(storage.join(preparation.to, RECIPE), text.encode())
 
 
 def _write_manifest(preparation: Preparation, made: Sequence[Prepared]) -> None:

@@ -136,7 +136,7 @@ def follow(cluster: SubmittedCluster, run: RunDirectory, record: Record, console
 
     try:
         code = cluster.follow(show)
-        _clean_up(cluster, console)
+        clean_up(cluster, console)
         _write_down(run, record, code, shown)
     except FtlaunchError as error:
         if cluster.standing() is None:
@@ -148,12 +148,12 @@ def follow(cluster: SubmittedCluster, run: RunDirectory, record: Record, console
     return code
 
 
-def _clean_up(cluster: SubmittedCluster, console: Console) -> None:
+def clean_up(cluster: SubmittedCluster, console: Console) -> None:
     """The driver has ended: wait until its nodes are clean. One that does not answer says nothing of the run."""
     try:
         cluster.stop("now")
     except InfrastructureError as error:
-        say(console, f"the run has ended; whether everything of it has, could not be seen: {error}")
+        say(console, f"it has ended; whether everything of it has, could not be seen: {error}")
 
 
 def _write_down(run: RunDirectory, record: Record, code: int, shown: Sequence[bytes] = ()) -> None:

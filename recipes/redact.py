@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -46,6 +46,22 @@ def dump_recipe(recipe: Recipe, secrets: Sequence[str] = ()) -> str:
     stream = io.StringIO()
     _dumper().dump(redact_values(recipe.model_dump(mode="json"), secrets), stream)
     return stream.getvalue()
+
+
+def dump_as_written(values: Mapping[str, Any], secrets: Sequence[str] = ()) -> str:
+    """Keys and values of a recipe, as YAML that `load.load_recipe` reads back: what looks like a variable of the
+    environment is none."""
+    stream = io.StringIO()
+    _dumper().dump(_escaped(redact_values(values, secrets)), stream)
+    return stream.getvalue()
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 def redact_values(value: Any, secrets: Sequence[str]) -> Any:

@@ -3,19 +3,17 @@ and a recipe is written that reads it from there."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from ruamel.yaml import YAML
 
 from ...distributed.model_files import is_hub_id
 from ...recipes.errors import UserError
 from ...recipes.load import LoadedRecipe
 from ...recipes.naming import source_names
-from ...recipes.redact import redact, redact_values
+from ...recipes.redact import dump_as_written, redact
 from ...recipes.schema import EvalSplit, Recipe
 from .. import units
 from .fetch import Fetched, fetch_files, fetch_model, total
@@ -102,10 +100,8 @@ def _values(recipe: Recipe, to: Path, changes: dict[str, str], sources: list[Wan
 
 
 def _write_recipe(loaded: LoadedRecipe, beside: Path, values: dict[str, Any]) -> None:
-    text = io.StringIO()
-    text.write(f"{MADE} from {Path(loaded.path).name}: nothing in it is fetched from outside.\n")
-    YAML().dump(redact_values(values, loaded.secrets), text)
-    beside.write_text(text.getvalue())
+    head = f"{MADE} from {Path(loaded.path).name}: nothing in it is fetched from outside.\n"
+    beside.write_text(head + dump_as_written(values, loaded.secrets))
 
 
 def _refuse_other_file(path: Path) -> None:

@@ -143,10 +143,13 @@ def test_what_is_there_is_kept_and_what_is_missing_made(folder, prepared):
 def test_a_share_that_is_held_out_is_prepared_apart(folder):
     recipe = json.loads((folder / "recipe.yaml").read_text())
     recipe["data"]["eval"] = {"fraction": 0.3}
-    sections = {"adapter": {"type": "lora"}, "strategy": {"type": "fsdp"}, "cluster": {"type": "local"}}
-    recipe |= sections  # of which only the type is written
+    cluster = {"type": "slurm", "partition": "gpus", "gpus_per_node": 8}
+    sections = {"adapter": {"type": "lora"}, "strategy": {"type": "fsdp"}, "cluster": cluster}
+    recipe |= sections
     path = write_recipe(folder / "split.yaml", recipe)
-    code, said = run(ftlaunch("prepare", "split.yaml", "--to", "split-shards"), folder)
+    (folder / "clusters").mkdir()
+    (folder / "clusters/here.yaml").write_text("type: local\n")
+    code, said = run(ftlaunch("prepare", "split.yaml", "--to", "split-shards", "--cluster", "here"), folder)
     assert code == 0, said
     kept, held_out = (samples(folder / "split.prepared.yaml", evaluation=which) for which in (False, True))
     assert kept == samples(path)

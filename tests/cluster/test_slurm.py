@@ -369,8 +369,7 @@ def test_a_preparation_that_has_to_leave_its_nodes_goes_on(slurm, work):
 def test_ctrl_c_ends_a_preparation(slurm, work):
     prepare(work, "rows", slurm.cluster(env=ENV, options=["--hold"]))
     preparing = Command(ftlaunch("prepare", "rows.yaml", "--to", "shards"), work, slurm.environ)
-    wait_until(slurm.jobs, "nothing is submitted")
-    wait_until(lambda: "submitted as job" in preparing.text, preparing.text)
+    assert preparing.wait_until(lambda: "waits in the queue" in preparing.text), preparing.text
     preparing.interrupt()
     assert preparing.wait() == 130, preparing.text
     assert "the same command goes on from there" in preparing.text

@@ -268,3 +268,14 @@ def test_two_jobs_share_hosts_and_what_died_is_cleaned(hosts, work):
     code, said = run(ftlaunch("stop", "--now", "first"), work)
     assert code == 0, said
     assert left(hosts) == {}
+
+
+def test_a_first_host_that_is_down_is_done_without(strangers, work):
+    """Where fewer nodes will do; whoever follows asks the first one that is there."""
+    cluster = strangers.cluster(hosts=["closed", "alpha"], nodes={"min": 1, "max": 2}, env=ENV)
+    write_recipe(work / "rows.yaml", {**recipe_for(work), "name": "rows", "cluster": cluster})
+    code, said = run(ftlaunch("prepare", "rows.yaml", "--to", "shards"), work)
+    assert code == 0, said
+    assert "runs on alpha" in said
+    assert "train on it: ftlaunch" in said
+    assert left(strangers) == {}

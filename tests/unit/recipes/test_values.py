@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ftlaunch.recipes.load import as_stored, load_recipe, parse_recipe_text
 from ftlaunch.recipes.problems import Origin, RecipeError
-from ftlaunch.recipes.redact import REDACTED, dump_recipe, redact
+from ftlaunch.recipes.redact import REDACTED, dump_as_written, dump_recipe, redact
 from ftlaunch.recipes.scalars import core_value
 from ftlaunch.recipes.schema import Data, EvalSplit, Model, Recipe, Train, TrainSource
 from ftlaunch.recipes.schema_strategy import Ddp
@@ -210,6 +210,19 @@ RECIPES = st.builds(
 @example(Recipe(name="1e5", model=Model(path="${A}\n # x: \x85\u2028'\""), data=Data(train=(TrainSource(path="~"),))))
 def test_a_dumped_recipe_reads_back_the_same(recipe: Recipe) -> None:
     assert parse_recipe_text(dump_recipe(recipe)) == recipe
+
+
+TEMPLATES = [path.read_text() for path in sorted((Path(__file__).parent.parent / "data/styles").glob("*.jinja"))]
+
+
+@pytest.mark.parametrize("text", [*TEMPLATES, "${HOME} $${HOME} $$${HOME} ${", "Tools\\n\n  " * 40, "\t${A:-b}\x85"])
+def test_what_is_written_as_a_recipe_is_loaded_as_it_was(load: Any, text: str) -> None:
+    values = load(SMALLEST).recipe.model_dump(mode="json", exclude_unset=True)
+    values["model"]["chat_template"] = text
+    values["cluster"] = {"type": "slurm", "env": ["A_*"]}
+    recipe = load(dump_as_written(values), environ={"HOME": "/nowhere"}).recipe
+    assert recipe.model.chat_template == text
+    assert recipe.cluster.type == "slurm"
 
 
 # cluster profiles
