@@ -118,6 +118,7 @@ class Ssh:
         package, token = read_package(code()), secrets.token_hex(32)
         try:
             plan = self._plan(driver.entry)
+            # From here on it is these hosts': one that was down is none of them.
             self._config = self._config.model_copy(update={"hosts": tuple(self._fleet.hosts), "hostfile": None})
             record = self._record(plan)
             job = {**driver.job(self.demand), "record": record}

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..recipes.errors import UserError
 from ..recipes.methods.base import Sample
+from ..recipes.redact import written_values
 from ..recipes.schema import Data, EvalSplit, Recipe, Source
 from . import storage
 from .data import columnar, counters
@@ -259,7 +260,7 @@ class _Shard:
 
 def prepared_recipe(recipe: Recipe, preparation: Preparation) -> dict[str, Any]:
     """The recipe over the shards: what was done ahead (formats, ranges, splits) is gone, the rest stays."""
-    values = recipe.model_dump(mode="json", exclude_unset=True)  # defaults too: the type of a section is one
+    values = written_values(recipe)
     data = values["data"]
     for source, info in zip(data["train"], preparation.train.sources, strict=True):
         _over_shards(source, "train", info.name, preparation.to)

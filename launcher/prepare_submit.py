@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..recipes.schema_kubernetes import KubernetesCluster
 from .handover import pack
 from .package import write_package
 from .say import say
-from .submit import checked, clean_up, need_of
+from .submit import checked, clean_up, need_of, show
 
 ENTRY = "ftlaunch.launcher.prepare_drive:main"
 
@@ -78,7 +77,7 @@ def _job_of(loaded: LoadedRecipe, to: str, max_restarts: int) -> Any:
 def _follow(cluster: SubmittedCluster, job: str, console: Console) -> int:
     try:
         say(console, f"submitted as job {job}: it {cluster.standing() or 'has begun'}")
-        code = cluster.follow(_show)
+        code = cluster.follow(show)
     except KeyboardInterrupt:
         _end(cluster, job, console)
         return Interrupted.exit_code
@@ -97,8 +96,3 @@ def _end(cluster: SubmittedCluster, job: str, console: Console) -> None:
     except InfrastructureError as error:
         say(console, f"job {job} could not be ended, and may still be there: {error}", "yellow")
     say(console, "the shards that were made are kept: the same command goes on from there")
-
-
-def _show(text: bytes) -> None:
-    sys.stdout.write(text.decode(errors="replace"))
-    sys.stdout.flush()

@@ -130,12 +130,12 @@ def follow(cluster: SubmittedCluster, run: RunDirectory, record: Record, console
     """Show what the driver prints, to its end or to Ctrl-C, which only lets go; the exit code."""
     shown: list[bytes] = []
 
-    def show(text: bytes) -> None:
+    def write(text: bytes) -> None:
         shown.append(text)
-        _show(text)
+        show(text)
 
     try:
-        code = cluster.follow(show)
+        code = cluster.follow(write)
         clean_up(cluster, console)
         _write_down(run, record, code, shown)
     except FtlaunchError as error:
@@ -167,7 +167,8 @@ def _write_down(run: RunDirectory, record: Record, code: int, shown: Sequence[by
     submissions.finish(run, submission.name, code)
 
 
-def _show(text: bytes) -> None:
+def show(text: bytes) -> None:
+    """What a driver has printed, here."""
     sys.stdout.write(text.decode(errors="replace"))
     sys.stdout.flush()
 
@@ -221,7 +222,7 @@ def attach(run: RunDirectory) -> int:
     """Follow the newest submission, wherever it runs; its exit code."""
     submission = submissions.newest(run)
     if submission.exit_code is not None:
-        _show(submissions.read_log(run, submission.name))
+        show(submissions.read_log(run, submission.name))
         return submission.exit_code
     cluster = find_submitted(submission.record)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -52,25 +52,26 @@ def dump_as_written(values: Mapping[str, Any], secrets: Sequence[str] = ()) -> s
     """Keys and values of a recipe, as YAML that `load.load_recipe` reads back: what looks like a variable of the
     environment is none."""
     stream = io.StringIO()
-    _dumper().dump(_escaped(redact_values(values, secrets)), stream)
+    _dumper().dump(_with_texts(values, lambda text: redact(text, secrets).replace("${", "$${")), stream)
     return stream.getvalue()
 
 
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return value.replace("${", "$${") if isinstance(value, str) else value
+def written_values(recipe: Recipe) -> dict[str, Any]:
+    """What somebody has written of it, defaults among it: the type of a section is one."""
+    return recipe.model_dump(mode="json", exclude_unset=True)
 
 
 def redact_values(value: Any, secrets: Sequence[str]) -> Any:
     """`redact` for every string within dicts and lists."""
+    return _with_texts(value, lambda text: redact(text, secrets))
+
+
+def _with_texts(value: Any, changed: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: redact_values(item, secrets) for key, item in value.items()}
+        return {key: _with_texts(item, changed) for key, item in value.items()}
     if isinstance(value, list):
-        return [redact_values(item, secrets) for item in value]
-    return redact(value, secrets) if isinstance(value, str) else value
+        return [_with_texts(item, changed) for item in value]
+    return changed(value) if isinstance(value, str) else value
 
 
 class _Representer(SafeRepresenter):

@@ -13,7 +13,7 @@ from ...distributed.model_files import is_hub_id
 from ...recipes.errors import UserError
 from ...recipes.load import LoadedRecipe
 from ...recipes.naming import source_names
-from ...recipes.redact import dump_as_written, redact
+from ...recipes.redact import dump_as_written, redact, written_values
 from ...recipes.schema import EvalSplit, Recipe
 from .. import units
 from .fetch import Fetched, fetch_files, fetch_model, total
@@ -81,7 +81,7 @@ def _models(
 
 def _values(recipe: Recipe, to: Path, changes: dict[str, str], sources: list[WantedSource]) -> dict[str, Any]:
     """The recipe over the folder. Sources keep the names that were made from their paths, and the order of files."""
-    values = recipe.model_dump(mode="json", exclude_unset=True)  # defaults too: the type of a section is one
+    values = written_values(recipe)
     values["name"] = recipe.name
     for key, place in changes.items():
         values["model"][key.partition(".")[2]] = str(to / place)
